@@ -1,0 +1,34 @@
+# make demo | test | lint | clean. See README.md.
+PYTHON ?= python3
+VENV   ?= .venv
+# What pip is given for torch. Without an NVIDIA GPU: a release that package mirrors serve as a CPU build; where yours
+# does not, say   make setup TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
+TORCH  ?= $(if $(shell command -v nvidia-smi),torch>=2.9,torch==2.13.0)
+BIN    := $(VENV)/bin
+
+.PHONY: setup demo test lint format clean
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '$(firstword $(TORCH))' $(wordlist 2,9,$(TORCH))
+	$(BIN)/pip install --quiet --editable '.[pipelines,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python pipelines/full.py --dataset synthetic --preset quick
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,143 @@
+"""Every option that shapes a model or its training, and the presets as one table.
+
+The presets keep every part of the paper's model (two encoders, AdaIN decoder, two-headed discriminator, 8-d class
+code, all loss terms) and differ in sizes only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+ClassHead = Literal["learned", "distilled", "blackbox"]
+Preset = Literal["paper", "standard", "quick"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the class association embedding and its discriminator."""
+
+    image_size: int = 256
+    """Height and width of the square images, a multiple of 16."""
+    class_dim: int = 8
+    """Numbers in the class code (Section IV-A)."""
+    stem: Literal["conv", "unshuffle"] = "conv"
+    """`conv`: 7x7 and two strided 4x4 convolutions, as the authors; `unshuffle`: pixel-unshuffle x4 and one 3x3."""
+    width: int = 256
+    """Channels of the individual code, which is `image_size / 4` wide and high."""
+    blocks: int = 6
+    """Residual blocks in the individual encoder, and again in the decoder."""
+    mlp_width: int = 256
+    """Hidden units between the class code and the AdaIN parameters."""
+    up_kernel: int = 5
+    """Kernel of the convolution after each nearest x2 upsampling."""
+    out_kernel: int = 7
+    """Kernel of the decoder's last convolution."""
+    disc_width: int = 64
+    """Channels after the discriminator's first convolution; doubled three times."""
+    disc_blocks: int = 2
+    """Residual blocks at the end of the discriminator."""
+    dropout: float = 0.4
+    """Dropout before the discriminator's last layer."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the named loss terms: lambda 1-6 of Eq. 7 and phi 1-2 of Eq. 10, with the paper's values."""
+
+    recon_x: float = 10.0
+    """lambda1: L1 of the reconstruction against the image, Eq. 1."""
+    recon_c: float = 1.0
+    """lambda2: L1 of the swap's class code against the one put in, Eq. 2."""
+    recon_s: float = 1.0
+    """lambda3: L1 of the swap's individual code against the one put in, Eq. 3."""
+    cyc_x: float = 10.0
+    """lambda4: L1 of the image after swapping there and back, Eq. 4."""
+    adv1: float = 1.0
+    """lambda5: the swap should look real to the discriminator, Eq. 5."""
+    cla1: float = 1.0
+    """lambda6: the swap should have the class whose code it got, Eq. 6."""
+    adv2: float = 1.0
+    """phi1: the discriminator tells swaps from images, Eq. 8."""
+    cla2: float = 2.0
+    """phi2: the discriminator names the class of images, Eq. 9."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the CAE is trained."""
+
+    pairs: int = 200_000
+    """Most pairs to train on."""
+    epochs: float = 0.0
+    """Passes over the training images (a pass is one pair per image), at most `pairs` in all; 0: exactly `pairs`."""
+    batch: int = 1
+    """Pairs per step, over all workers."""
+    lr: float = 1e-4
+    """Adam's learning rate."""
+    betas: tuple[float, float] = (0.5, 0.999)
+    """Adam's beta1 and beta2."""
+    weight_decay: float = 1e-4
+    """Adam's weight decay."""
+    lr_halvings: int = 10
+    """The learning rate halves this many times over the run, at even distances."""
+    ema: float = 0.0
+    """Decay per step of the averaged generator weights that are kept for use; 0: the last weights, as the authors."""
+    flip: float = 0.5
+    """Probability that an image is mirrored left to right; 0 where sides matter."""
+    class_head: ClassHead = "learned"
+    """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, or `blackbox`: b itself."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The built-in black box and its training."""
+
+    arch: Literal["resnet18", "resnet50"] = "resnet50"
+    """Depth of the residual network; parameter names and shapes are torchvision's."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """`imagenet`: 7x7 stride 2 and max pooling (torchvision's); `small`: 3x3 stride 2, last stage unstrided."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch: int = 64
+    """Images per step, over all workers."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW under a one-cycle schedule."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+
+
+@dataclass(frozen=True)
+class PresetConfig:
+    """One row of the preset table."""
+
+    model: ModelConfig
+    train: TrainConfig
+    classifier: ClassifierConfig
+
+
+PRESETS: dict[Preset, PresetConfig] = {
+    # The authors' network and schedule, number for number (METHOD: preset `paper`).
+    "paper": PresetConfig(ModelConfig(), TrainConfig(), ClassifierConfig()),
+    # One GPU, some hours.
+    "standard": PresetConfig(
+        ModelConfig(image_size=128, stem="unshuffle", width=128, blocks=4, up_kernel=3, out_kernel=3, dropout=0.0),
+        TrainConfig(pairs=100_000, epochs=20.0, batch=8, lr=2e-4, lr_halvings=4, ema=0.999, class_head="distilled"),
+        ClassifierConfig(arch="resnet18", epochs=10),
+    ),
+    # Two CPU cores, minutes.
+    "quick": PresetConfig(
+        ModelConfig(
+            image_size=64, stem="unshuffle", width=64, blocks=3, mlp_width=128, up_kernel=3, out_kernel=3,
+            disc_width=32, disc_blocks=1, dropout=0.0,
+        ),
+        TrainConfig(pairs=20_000, epochs=3.0, batch=8, lr=4e-4, lr_halvings=4, ema=0.995, class_head="distilled"),
+        ClassifierConfig(arch="resnet18", stem="small", epochs=6),
+    ),
+}  # fmt: skip
+
+
+def as_dict(config: ModelConfig | TrainConfig | LossWeights | ClassifierConfig) -> dict[str, object]:
+    """The configuration as plain values, for `config.json` and MLflow's parameters."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,332 @@
+"""Datasets: what the known ones are, where the images lie, which split and class each belongs to.
+
+Nothing here decodes an image file. A listing holds every file that could be meant as an image, so that a later stage
+can reject the ones that are none with a reason, and no file vanishes silently.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+
+import numpy as np
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset known by name."""
+
+    name: str
+    """What `--dataset` calls it, and the folder under the data root."""
+    classes: tuple[str, ...]
+    """Class names, in the order of their numbers."""
+    page: str
+    """Web page it comes from."""
+    licence: str
+    """Licence as its page states it."""
+    layout: str
+    """Where to put the files inside its folder."""
+    flip: bool = True
+    """Whether mirroring left to right leaves the class as it is."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of an archive, not yet read."""
+
+    path: str
+    """Absolute path or fsspec URL of the file that holds it."""
+    name: str
+    """Path relative to the archive, with forward slashes: what a person recognises."""
+    split: str | None
+    """`train`, `val`, `test`, `archive` (explained only), or None: not assigned yet."""
+    label: str | None
+    """Class name, None when unknown."""
+    group: str | None
+    """Items of one group (a patient, say) never straddle splits."""
+
+
+class DatasetMissing(ValueError):
+    """A known dataset isn't on this machine; the message says what to download and where to put it, in one line."""
+
+
+KERMANY = "https://data.mendeley.com/datasets/rscbjbr9sj"
+UNKNOWN = "whatever licence that page states"
+
+# The first five are the paper's (Section IV-A, references 71 to 74).
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset(
+            "oct", ("CNV", "DME", "DRUSEN", "NORMAL"), KERMANY, "CC BY 4.0",
+            "train/CLASS/ and test/CLASS/ with CLASS one of CNV, DME, DRUSEN, NORMAL, as in the archive",
+        ),
+        Dataset(
+            "brain_tumor1", ("no", "yes"), "https://www.kaggle.com/datasets/ahmedhamada0/brain-tumor-detection",
+            UNKNOWN, "no/ and yes/, as in the archive; leave its folder pred/ out",
+        ),
+        Dataset(
+            "brain_tumor2", ("normal", "tumor"),
+            "https://www.cancerimagingarchive.net/analysis-result/rsna-asnr-miccai-brats-2021/",
+            "CC BY 4.0 with TCIA's data usage policy",
+            "slices as PNG in normal/ and tumor/, and manifest.csv with the columns file and patient",
+        ),
+        Dataset(
+            "chest_xray", ("NORMAL", "PNEUMONIA"), KERMANY, "CC BY 4.0",
+            "train/CLASS/ and test/CLASS/ with CLASS one of NORMAL, PNEUMONIA, as in the archive",
+        ),
+        Dataset(
+            "face", ("female", "male"), "https://www.kaggle.com/datasets/cashutosh/gender-classification-dataset",
+            UNKNOWN, "the page's Training/ as train/ and its Validation/ as test/, each with female/ and male/",
+        ),
+        Dataset(
+            "brain_tumor", ("glioma", "meningioma", "pituitary"),
+            "https://figshare.com/articles/dataset/brain_tumor_dataset/1512427", "CC BY 4.0",
+            "slices as PNG in glioma/, meningioma/, pituitary/, and manifest.csv with the columns file and patient",
+        ),
+        Dataset(
+            "pneumoniamnist", ("normal", "pneumonia"), "https://medmnist.com", "CC BY 4.0",
+            "the file pneumoniamnist.npz, as it is",
+        ),
+    )
+}  # fmt: skip
+
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+NOT_IMAGES = ("readme*", "license*", "licence*", "*.csv", "*.json", "*.md", "thumbs.db", "desktop.ini")
+GROUP_COLUMNS = ("patient", "group", "patient_id", "group_id")
+MIN_TRAIN = 3
+
+
+def locate(dataset: str, data_root: str | None = None) -> str:
+    """Path or URL of a dataset: a known name under `data_root`, else $CAE_DATA, else ./data; or an existing path.
+
+    A known name is `<root>/<name>/<name>.npz` or the folder `<root>/<name>/`. `synthetic` needs no files and comes
+    back as it is. Raises DatasetMissing when a known name has no files, ValueError for any other word.
+    """
+    if dataset == "synthetic":
+        return dataset
+    if dataset not in DATASETS:
+        fs, path = _filesystem(dataset)
+        if fs.exists(path):
+            return dataset
+        names = ", ".join(sorted([*DATASETS, "synthetic"]))
+        raise ValueError(f"{dataset!r} is no path that exists and no known dataset; known are {names}")
+    known = DATASETS[dataset]
+    root = data_root or os.environ.get("CAE_DATA") or "data"
+    folder = f"{root.rstrip('/')}/{dataset}"
+    fs, path = _filesystem(folder)
+    if fs.isfile(f"{path}/{dataset}.npz"):
+        return f"{folder}/{dataset}.npz"
+    if fs.isdir(path) and fs.ls(path):
+        return folder
+    raise DatasetMissing(
+        f"{dataset}: nothing in {folder}/; download it from {known.page} ({known.licence}) and put there: "
+        f"{known.layout}; or name another root with --data-root or $CAE_DATA"
+    )
+
+
+def list_images(root: str) -> list[Item]:
+    """Every file of a folder that could be meant as an image, sorted by name.
+
+    `SPLIT/CLASS/...` when a first folder is called as a split is (train, val, valid, validation, test, in any case),
+    else `CLASS/...`, else a flat folder. Files that fit neither carry no label. Groups come from a `manifest.csv` in
+    the root with a column `file` and one of GROUP_COLUMNS. Raises ValueError, in one line, when the folder is none
+    or empty, or when its manifest names none of its files.
+    """
+    fs, base = _filesystem(root)
+    if not fs.isdir(base):
+        raise ValueError(f"{root} is no folder; give a folder of images")
+    base = base.rstrip("/")
+    names = sorted(name for path in fs.find(base) if _may_be_image(name := path[len(base) + 1 :]))
+    if not names:
+        raise ValueError(f"{root} holds no images; expected SPLIT/CLASS/*, CLASS/* or a flat folder of image files")
+    groups = _groups(fs, base, names)
+    by_split = any("/" in name and name.split("/")[0].lower() in SPLITS for name in names)
+    local = "file" in fs.protocol
+    items = []
+    for name in names:
+        *folders, _ = name.split("/")
+        split = None
+        if by_split:
+            split = SPLITS.get(folders[0].lower()) if folders else None
+            folders = folders[1:] if split else []
+        label = folders[0] if folders else None
+        path = f"{base}/{name}" if local else fs.unstrip_protocol(f"{base}/{name}")
+        items.append(Item(path, name, split, label, groups.get(name)))
+    return items
+
+
+def assign_splits(items: Iterable[Item]) -> list[Item]:
+    """The items with a split each; those that have one keep it, unless a validation split must be taken from train.
+
+    Without any split: about 70/15/15 train, val, test. With train but no val: about 10% of train's groups become val.
+    The group (or, without one, the name) decides through a hash, so groups stay whole, every machine agrees, and an
+    archive that grows moves no image. Unlabelled items without a split, and any left without a split beside others
+    that have one, become `archive`.
+    """
+    items = list(items)
+    present = {item.split for item in items}
+
+    return [dataclasses.replace(item, split=split_of(item, present)) for item in items]
+
+
+def split_of(item: Item, present: Collection[str | None], label_free: bool = False) -> str:
+    """The split of one item by `assign_splits`'s rule, when the archive's items have the splits `present`.
+
+    `label_free`: unlabelled items are split too, for a classifier that needs no labels.
+    """
+    position = _position(item.name if item.group is None else item.group)
+    if item.split == "train" and "val" not in present:
+        return "train" if position < 0.9 else "val"
+    if item.split is not None:
+        return item.split
+    if (item.label is None and not label_free) or set(present) != {None}:
+        return "archive"
+    return "train" if position < 0.7 else "val" if position < 0.85 else "test"
+
+
+def check_classes(items: Iterable[Item]) -> list[str]:
+    """The class names, sorted, once it is sure that they can be trained on.
+
+    Raises ValueError, in one line, unless there are two classes or more with MIN_TRAIN images or more each in train.
+    """
+    items = list(items)
+    if not items:
+        raise ValueError("no images: give a folder with images in CLASS/* or SPLIT/CLASS/*")
+    classes = sorted({item.label for item in items if item.label is not None})
+    if not classes:
+        raise ValueError(
+            f"none of the {len(items)} images has a label, and training needs them: sort the images into one folder "
+            "per class, or give a trained classifier with --classifier to label them"
+        )
+    if len(classes) == 1:
+        raise ValueError(
+            f"only one class, {classes[0]!r}, with {len(items)} images, and training needs two: give the folder whose "
+            "subfolders are the classes, or a trained classifier with --classifier"
+        )
+    counts = Counter(item.label for item in items if item.split == "train")
+    for name in classes:
+        if counts[name] < MIN_TRAIN:
+            raise ValueError(
+                f"class {name!r} has {counts[name]} images in train and needs {MIN_TRAIN}: add images to it, or take "
+                "its folders out"
+            )
+    return classes
+
+
+def read_npz(path: str) -> Iterator[tuple[Item, np.ndarray]]:
+    """Images of an `.npz` in MedMNIST's layout, one by one, as uint8 arrays (H, W, 3); grey becomes three channels.
+
+    Keys are `{train,val,test}_images`, uint8 (N, H, W) or (N, H, W, 3), and `_labels`, integers (N,) or (N, 1); a
+    split may be absent. Classes are called as in DATASETS when the file's name starts with a known one, else "0",
+    "1", ... The images stream from the file, and nothing pickled is ever loaded. Raises ValueError in one line.
+    """
+    fs, inner = _filesystem(path)
+    stem = PurePosixPath(inner).stem.split("_")[0]
+    classes = DATASETS[stem].classes if stem in DATASETS else ()
+    with fs.open(inner, "rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise ValueError(
+                f"{path} is no whole .npz archive; download it again, or write it with numpy.savez"
+            ) from error
+        keys = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+        splits = [split for split in ("train", "val", "test") if f"{split}_images" in keys]
+        if not splits:
+            raise ValueError(f"{path} has no train_images, val_images or test_images; name its arrays as MedMNIST does")
+        for split in splits:
+            if f"{split}_labels" not in keys:
+                raise ValueError(f"{path} has {split}_images but no {split}_labels; add the labels, integers (N,)")
+            labels = _npz_labels(archive, path, f"{split}_labels")
+            for index, image in enumerate(_npz_images(archive, path, f"{split}_images", len(labels))):
+                number = int(labels[index])
+                label = classes[number] if 0 <= number < len(classes) else str(number)
+                yield Item(path, f"{split}/{index:06d}", split, label, None), image
+
+
+def _npz_labels(archive: zipfile.ZipFile, path: str, key: str) -> np.ndarray:
+    """The labels (N,) under `key`."""
+    with archive.open(f"{key}.npy") as member:
+        try:
+            labels = np.lib.format.read_array(member, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key} is no plain array (pickles are never loaded); save integers") from error
+    if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or labels.size != labels.shape[0]:
+        raise ValueError(f"{path}: {key} is {labels.dtype} {labels.shape}; one integer per image is needed")
+    return labels.reshape(-1)
+
+
+def _npz_images(archive: zipfile.ZipFile, path: str, key: str, count: int) -> Iterator[np.ndarray]:
+    """The images under `key`, one by one, uint8 (H, W, 3); `count` is how many there must be."""
+    with archive.open(f"{key}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(member)
+        if dtype != np.uint8 or fortran or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+            order = " in Fortran order" if fortran else ""
+            raise ValueError(f"{path}: {key} is {dtype} {shape}{order}; save uint8 (N, H, W) or (N, H, W, 3), C order")
+        if shape[0] != count:
+            raise ValueError(f"{path}: {key} holds {shape[0]} images but there are {count} labels; make them match")
+        size = int(np.prod(shape[1:]))
+        for _ in range(count):
+            pixels = member.read(size)
+            if len(pixels) < size:
+                raise ValueError(f"{path}: {key} is cut short; download or save the file again")
+            image = np.frombuffer(pixels, np.uint8).reshape(shape[1:])
+            yield image.copy() if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+
+
+def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path inside it; ValueError when the URL's kind isn't supported."""
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{url} can't be opened: {reason}") from error
+
+
+def _may_be_image(name: str) -> bool:
+    """Whether a file, named relative to the archive, is neither hidden nor plainly something else."""
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts)
+    return not hidden and not any(fnmatch(parts[-1].lower(), pattern) for pattern in NOT_IMAGES)
+
+
+def _groups(fs: AbstractFileSystem, base: str, names: list[str]) -> dict[str, str]:
+    """File name to group, from the manifest; empty when there is none, or it has no group column."""
+    manifest = f"{base}/manifest.csv"
+    if not fs.isfile(manifest):
+        return {}
+    try:
+        text = fs.cat_file(manifest).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest} is no UTF-8 text; save it as CSV in UTF-8") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    column = next((name for name in GROUP_COLUMNS if name in (rows.fieldnames or ())), None)
+    if column is None:
+        return {}
+    groups = {row["file"].replace("\\", "/"): row[column] for row in rows if row.get("file") and row[column]}
+    # A manifest that doesn't match would otherwise let patients straddle splits unnoticed.
+    if groups.keys().isdisjoint(names):
+        raise ValueError(f"{manifest} names no file of its folder; give paths relative to it in a column called file")
+    return groups
+
+
+def _position(key: str) -> float:
+    """A fixed position in [0, 1) for a word, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64

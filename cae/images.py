@@ -1,0 +1,85 @@
+"""Bytes to tensor and back: the only preprocessing, the same for every stage.
+
+Legend: B batch, H height, W width. Tensors are float32 (B, 3, H, W) in [-1, 1]; arrays are uint8 (B, H, W, 3).
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Fit = Literal["crop", "squash"]
+MAX_PIXELS = 100_000_000
+
+
+class UnreadableImage(ValueError):
+    """The bytes are no image that can be used; the message says why, in one line."""
+
+
+def load(data: bytes) -> Image.Image:
+    """The first frame of an encoded image as upright 8-bit RGB, transparency on black.
+
+    More than 8 bits a channel are windowed from the image's least to its greatest value, since the files do not say
+    how many of their bits carry signal. Raises UnreadableImage.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            image.load()
+        image = ImageOps.exif_transpose(image)
+    except UnreadableImage:
+        raise
+    # Pillow's decoders raise whatever their format runs into: OSError, ValueError, SyntaxError, struct.error, ...
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableImage("no known image format" if "cannot identify" in reason else reason) from error
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float64)
+        if not np.isfinite(values).all():
+            raise UnreadableImage("holds values that are not finite")
+        low, high = values.min(), values.max()
+        values = (values - low) * (255 / (high - low) if high > low else 0)
+        image = Image.fromarray(values.round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("RGB")
+
+
+def decode(data: bytes, size: int, fit: Fit = "crop") -> np.ndarray:
+    """Encoded image to a uint8 array (size, size, 3).
+
+    `crop` scales the shorter side to `size` and keeps the centre; `squash` scales both sides. Raises UnreadableImage.
+    """
+    image = load(data)
+    if fit == "crop":
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """A uint8 array (H, W) or (H, W, 3) as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """A uint8 array (B, H, W, 3) as a float32 tensor (B, 3, H, W) in [-1, 1], in channels-last memory."""
+    tensor = torch.from_numpy(np.array(array, copy=True)).to(device, non_blocking=True)
+    return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """A float tensor (B, 3, H, W) in [-1, 1] as a uint8 array (B, H, W, 3), clipped and rounded."""
+    scaled = tensor.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()

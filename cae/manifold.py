@@ -1,0 +1,62 @@
+"""The global side: class codes as points, their projections, and the codes that stand for a class.
+
+Legend: N images, D numbers in the class code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+TSNE_POINTS = 4000  # t-SNE's cost grows faster than the number of points
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Class codes in the plane."""
+
+    pca: np.ndarray
+    """(N, 2), principal axes fitted on the training codes."""
+    variance: tuple[float, float]
+    """Share of the training codes' variance along each axis."""
+    tsne: np.ndarray
+    """(N, 2), t-SNE; NaN beyond TSNE_POINTS points."""
+
+
+def project(codes: np.ndarray, training: np.ndarray, seed: int = 0) -> Projections:
+    """Project codes (N, D) to the plane; `training` (N,) says which are training codes."""
+    pca = PCA(2, random_state=seed).fit(codes[training] if training.sum() > 2 else codes)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(codes))[:TSNE_POINTS])
+    tsne = np.full((len(codes), 2), np.nan)
+    perplexity = min(30.0, max(1.0, (len(chosen) - 1) / 4))
+    tsne[chosen] = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(codes[chosen])
+    first, second = pca.explained_variance_ratio_
+    return Projections(pca.transform(codes), (float(first), float(second)), tsne)
+
+
+def medoids(codes: np.ndarray, classes: np.ndarray, count: int = 1) -> dict[int, np.ndarray]:
+    """For each class the `count` images whose codes lie nearest to the class's mean code, nearest first.
+
+    codes (N, D), classes (N,) -> class -> indices. The nearest is the class's medoid in the sense used here.
+    """
+    found = {}
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        distance = np.linalg.norm(codes[members] - codes[members].mean(0), axis=1)
+        found[int(label)] = members[np.argsort(distance, kind="stable")[:count]]
+    return found
+
+
+def distance_to(codes: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Distance of codes (N, D) to the nearest training code (M, D), over the typical nearest distance among those.
+
+    About 1: as close as training codes are to each other; much more: an image unlike those that the CAE learned from.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    nearest = NearestNeighbors(n_neighbors=2).fit(training)
+    typical = np.median(nearest.kneighbors(training)[0][:, 1])
+    return nearest.kneighbors(codes, 1)[0][:, 0] / max(float(typical), 1e-12)

@@ -1,0 +1,309 @@
+"""How good an explanation is: perturbation curves, agreement with a known truth, class codes, paired intervals.
+
+Legend: B images, C classes, H height, W width, P patches. Images are float32 (B, 3, H, W) in [-1, 1]; maps are
+(B, H, W), larger = more important; a classifier maps images to logits (B, C) and is in evaluation mode. Work is done
+on the images' device. Nothing depends on which other images share the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.tree import DecisionTreeClassifier
+from torch import Tensor
+
+Classifier = Callable[[Tensor], Tensor]
+Fill = Literal["uniform", "blur"]
+BOOTSTRAP_CELLS = 4_000_000
+"""Resampled values that `paired_bootstrap` holds at once."""
+
+
+def _random(purpose: str, *numbers: int) -> np.random.Generator:
+    """A stream of its own for each purpose: with one stream, noise and tie-breaking of a seed would be correlated."""
+    return np.random.default_rng([*purpose.encode(), *numbers])
+
+
+def _check(maps: Tensor, other: Tensor | None = None) -> None:
+    if maps.ndim != 3:
+        raise ValueError(f"maps have shape {tuple(maps.shape)}: pass (B, H, W)")
+    if other is not None and other.shape != maps.shape:
+        raise ValueError(f"masks have shape {tuple(other.shape)}, maps {tuple(maps.shape)}: pass one mask per map")
+    finite = maps.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f"map {int(finite.logical_not().nonzero()[0])} holds values that are not finite: leave it out")
+
+
+def _ranking(maps: Tensor, seed: int) -> Tensor:
+    """Flat pixel positions (B, H*W), most important first; equal values in a seeded random order, one for all maps."""
+    _check(maps)
+    shuffle = torch.from_numpy(_random("ties", seed).permutation(maps[0].numel())).to(maps.device)
+    # A stable sort of shuffled pixels leaves ties as shuffled and can't reorder unequal values, as added noise could.
+    return shuffle[maps.flatten(1)[:, shuffle].argsort(dim=1, descending=True, stable=True)]
+
+
+def _square(centre: Tensor, reach: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the pixels at most `reach` rows and columns from each centre (B, 2), clipped to the image."""
+    offsets = torch.arange(-reach, reach + 1, device=centre.device)
+    rows = (centre[:, :1] + offsets).clamp(0, height - 1)
+    cols = (centre[:, 1:] + offsets).clamp(0, width - 1)
+    # Clipping repeats pixels of the border, which lie in the square anyway.
+    return torch.arange(len(centre), device=centre.device)[:, None, None], rows[:, :, None], cols[:, None, :]
+
+
+def rank_centres(maps: Tensor, count: int, patch: int = 7, *, disjoint: bool, seed: int) -> Tensor:
+    """Centres (B, count, 2) of the patches to cover, as (row, col), most important first; -1 where no room is left.
+
+    Not disjoint, the paper's form (Section IV-C): the `count` largest pixels, whose patches may overlap. Disjoint:
+    greedy, a pixel is skipped when its patch would share a pixel with one already taken. Ties are broken at random by
+    `seed`, in the same way for every map. Raises ValueError on an even patch and on values that are not finite.
+    """
+    if count < 1 or patch < 1 or patch % 2 == 0:
+        raise ValueError(f"count is {count} and patch {patch}: count must be positive and patch odd, to have a centre")
+    ranking = _ranking(maps, seed)
+    number, height, width = maps.shape
+    pixels = height * width
+    centres = torch.full((number, count, 2), -1, device=maps.device)
+    if not disjoint:
+        best = ranking[:, :count]
+        centres[:, : best.shape[1]] = torch.stack((best // width, best % width), dim=2)
+        return centres
+    places = torch.arange(pixels, dtype=torch.int32, device=maps.device).expand(number, -1)
+    rank = torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(1, ranking, places)
+    rank = rank.view(number, height, width)
+    for step in range(count):
+        least, best = rank.flatten(1).min(1)
+        centre = torch.stack((best // width, best % width), dim=1)
+        centres[:, step] = torch.where((least < pixels)[:, None], centre, -1)
+        rank[_square(centre, patch - 1, height, width)] = pixels  # two patches share a pixel iff centres are this near
+    return centres
+
+
+def tie_share(maps: Tensor) -> Tensor:
+    """Share (B,) of each map's pixels whose value some other pixel has too."""
+    _check(maps)
+    ordered = maps.flatten(1).sort(1).values
+    same = ordered[:, 1:] == ordered[:, :-1]
+    edge = same.new_zeros(len(same), 1)
+    return (torch.cat((same, edge), 1) | torch.cat((edge, same), 1)).float().mean(1)
+
+
+def covering_step(centres: Tensor, height: int, width: int, patch: int = 7) -> Tensor:
+    """The step (B, H, W), from 0, at which a patch of `centres` (B, P, 2) first covers each pixel; P: never."""
+    number, count, _ = centres.shape
+    steps = torch.full((number, height, width), count, device=centres.device)
+    # Backwards, so that the first patch on a pixel has the last word. Missing centres come last in the ranking, hence
+    # first here, where writing "never" changes nothing.
+    for step in reversed(range(count)):
+        centre = centres[:, step]
+        value = torch.where(centre[:, 0] < 0, count, step)
+        steps[_square(centre, patch // 2, height, width)] = value[:, None, None]
+    return steps
+
+
+def covered_share(steps: Tensor, count: int) -> Tensor:
+    """Share (B, count) of the image covered after 1 .. count patches, from `covering_step` (B, H, W)."""
+    return torch.stack([(steps <= step).flatten(1).float().mean(1) for step in range(count)], dim=1)
+
+
+def disjoint_steps(size: int, share: float = 0.075, patch: int = 7) -> int:
+    """Number of disjoint patches that cover `share` of a square image, at least 1; 100 for 256 pixels."""
+    return max(1, round(share * size * size / patch**2))
+
+
+def _blur(images: Tensor) -> Tensor:
+    """Gaussian blur with sigma = size / 8, its weights renormalised at the border."""
+
+    def weights(size: int) -> Tensor:
+        place = torch.arange(size, device=images.device, dtype=images.dtype)
+        return torch.softmax(-0.5 * ((place[:, None] - place) / (size / 8)) ** 2, dim=1)  # (size, size)
+
+    return weights(images.shape[2]) @ images @ weights(images.shape[3]).T
+
+
+def _cover(images: Tensor, covered: Tensor, fill: Fill, noise: Tensor) -> Tensor:
+    """Images (n, 3, H, W) with the pixels in `covered` (n, 1, H, W) filled."""
+    if fill == "uniform":
+        return torch.where(covered, noise, images)
+    return torch.where(covered, _blur(images), images)
+
+
+def _probability(classifier: Classifier, images: Tensor, target: Tensor) -> Tensor:
+    """F_c of Eq. 11: the softmax probability (B,) of each image's `target` class."""
+    return classifier(images).float().softmax(1).gather(1, target[:, None])[:, 0]
+
+
+@torch.no_grad()
+def perturbation_curve(
+    classifier: Classifier,
+    images: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    *,
+    steps: int,
+    patch: int = 7,
+    disjoint: bool = True,
+    fill: Fill = "uniform",
+    draws: int = 5,
+    seed: int = 0,
+    batch: int = 256,
+) -> Tensor:
+    """Drop F(X_0) - F(X_p) of Eq. 11, (B, steps) for p = 1 .. steps patches, F the probability of `target` (B,).
+
+    Patches stand on the map's top pixels (see `rank_centres`) and are clipped at the border; when there is no room
+    for another, the curve stays where it is. Fill `uniform`: i.i.d. per pixel and channel over [-1, 1], one noise
+    image per draw for all images and methods, averaged over `draws`; `blur`: the image itself under a Gaussian of an
+    eighth of its size, no draws. At most `batch` perturbed images exist at once. Raises ValueError.
+    """
+    number, _, height, width = images.shape
+    if maps.shape != (number, height, width) or target.shape != (number,):
+        raise ValueError(
+            f"maps {tuple(maps.shape)} or target {tuple(target.shape)} do not fit images {tuple(images.shape)}: "
+            "pass one map of the images' size and one class per image"
+        )
+    if fill not in ("uniform", "blur"):
+        raise ValueError(f"fill is {fill!r}: choose 'uniform' or 'blur'")
+    if draws < 1 or batch < 1:
+        raise ValueError(f"draws is {draws} and batch {batch}: both must be at least 1")
+    target = target.to(images.device)
+    centres = rank_centres(maps.to(images.device), steps, patch, disjoint=disjoint, seed=seed)
+    covered_at = covering_step(centres, height, width, patch)
+    chunks = zip(images.split(batch), target.split(batch), strict=True)
+    whole = torch.cat([_probability(classifier, chunk, chosen) for chunk, chosen in chunks])
+    draws = draws if fill == "uniform" else 1
+    drop = torch.zeros(number * steps, device=images.device)
+    for draw in range(draws):
+        values = _random("fill", seed, draw).uniform(-1, 1, (3, height, width))
+        noise = torch.from_numpy(values).to(images)
+        for jobs in torch.arange(number * steps, device=images.device).split(batch):
+            image, step = jobs // steps, jobs % steps
+            covered = (covered_at[image] <= step[:, None, None])[:, None]  # (batch, 1, H, W)
+            left = _probability(classifier, _cover(images[image], covered, fill, noise), target[image])
+            drop[jobs] += whole[image] - left
+    return drop.view(number, steps) / draws
+
+
+def aopc(curve: Tensor) -> Tensor:
+    """Area over the perturbation curve of each image (B,), from its curve (B, steps); Eq. 11 is its mean over B."""
+    return curve.mean(1)
+
+
+def peak_degradation(curve: Tensor) -> float:
+    """Largest mean drop over all numbers of patches, from the curves (B, steps) of all images, Eq. 12."""
+    return float(curve.mean(0).max())
+
+
+def pointing_game(maps: Tensor, masks: Tensor, tolerance: float = 0, seed: int = 0) -> Tensor:
+    """Whether (B,) the largest pixel lies at most `tolerance` pixels (Euclidean) from the mask (B, H, W) bool.
+
+    Several largest pixels: one of them by `seed`. An empty mask is never hit. Zhang et al., ECCV 2016.
+    """
+    _check(maps, masks)
+    row, col = rank_centres(maps, 1, 1, disjoint=False, seed=seed)[:, 0, :, None, None].unbind(1)  # (B, 1, 1)
+    rows = torch.arange(maps.shape[1], device=maps.device)[:, None]
+    cols = torch.arange(maps.shape[2], device=maps.device)
+    near = (rows - row) ** 2 + (cols - col) ** 2 <= tolerance**2
+    return (near & masks.bool()).flatten(1).any(1)
+
+
+def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share (B,) of the map's positive values that lies in the mask (B, H, W) bool. Wang et al., Score-CAM, 2020.
+
+    A map with no positive value says nothing about place and counts as an even one: the mask's share of the image.
+    """
+    _check(maps, masks)
+    energy = maps.clamp(min=0).flatten(1).double()
+    energy = torch.where(energy.sum(1, keepdim=True) > 0, energy, 1.0)
+    return ((energy * masks.flatten(1).bool()).sum(1) / energy.sum(1)).float()
+
+
+def iou_at_equal_area(maps: Tensor, masks: Tensor, seed: int = 0) -> Tensor:
+    """Intersection over union (B,) of the mask (B, H, W) bool and as many top pixels; NaN for an empty mask."""
+    _check(maps, masks)
+    inside = masks.bool().flatten(1).gather(1, _ranking(maps, seed))
+    area = inside.sum(1)
+    shared = (inside.cumsum(1).gather(1, (area - 1).clamp(min=0)[:, None])[:, 0]).double()
+    return (shared / (2 * area - shared)).float()
+
+
+def pixel_auroc(maps: Tensor, masks: Tensor) -> Tensor:
+    """Chance (B,) that a pixel in the mask (B, H, W) bool outranks one outside, ties half; NaN if either is missing."""
+    _check(maps, masks)
+    ordered, order = maps.flatten(1).sort(1)
+    first = torch.searchsorted(ordered, ordered)
+    last = torch.searchsorted(ordered, ordered, right=True)
+    rank = (first + last + 1).double() / 2  # from 1; equal values share their mean rank
+    inside = masks.bool().flatten(1).gather(1, order)
+    within = inside.sum(1).double()
+    outside = inside.shape[1] - within
+    return (((rank * inside).sum(1) - within * (within + 1) / 2) / (within * outside)).float()
+
+
+def separability(codes: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str, float | str]:
+    """How well class codes (N, D) tell the classes `labels` (N,) apart, by stratified cross-validation; Table III.
+
+    Accuracy `_mean` and `_std` over the folds (scikit-learn's settings; the paper names none) of a random `forest`,
+    of a `stump` (one threshold on one coordinate) and of the nearest neighbour, `1nn`, all on the same folds;
+    `effective_dimension`, the participation ratio of the covariance's eigenvalues, 1 .. D (0 if all codes are equal);
+    `two_component_share` of the variance; `folds`, ten or the smallest class's size, which `note` then says.
+    Raises ValueError if there is one class only, or a class with fewer than 2 codes.
+    """
+    points, classes = np.asarray(codes, np.float64), np.asarray(labels)
+    if points.ndim != 2 or classes.shape != points.shape[:1]:
+        raise ValueError(f"codes {points.shape} and labels {classes.shape} do not fit: pass (N, D) and (N,)")
+    if not np.isfinite(points).all():
+        raise ValueError("codes hold values that are not finite: leave out the images that failed to embed")
+    names, counts = np.unique(classes, return_counts=True)
+    if len(names) < 2:
+        raise ValueError(f"codes come from {len(names)} class: separability needs at least 2 classes")
+    rarest = counts.argmin()
+    if counts[rarest] < 2:
+        raise ValueError(f"class {names[rarest]} has 1 code: cross-validation needs at least 2, add images or drop it")
+    folds = min(10, int(counts[rarest]))
+    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(points, classes))
+    spread = np.linalg.eigvalsh(np.atleast_2d(np.cov(points, rowvar=False)))[::-1].clip(0)
+    varied = spread.sum() > 0
+    result: dict[str, float | str] = {
+        "effective_dimension": float(spread.sum() ** 2 / (spread**2).sum()) if varied else 0.0,
+        "two_component_share": float(spread[:2].sum() / spread.sum()) if varied else 1.0,
+        "folds": folds,
+        "note": "" if folds == 10 else f"{folds} folds: class {names[rarest]} has only {counts[rarest]} codes",
+    }
+    models = {
+        "forest": RandomForestClassifier(random_state=seed),
+        "stump": DecisionTreeClassifier(max_depth=1, random_state=seed),
+        "1nn": KNeighborsClassifier(1),
+    }
+    for name, model in models.items():
+        scores = cross_val_score(model, points, classes, cv=splits)
+        result |= {f"{name}_mean": float(scores.mean()), f"{name}_std": float(scores.std())}
+    return result
+
+
+def paired_bootstrap(a: ArrayLike, b: ArrayLike, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a - b over images, both (N,), and its 95% percentile interval: (mean, low, high).
+
+    Images are resampled, each with both of its values. Raises ValueError on other shapes, fewer than 2 images, or
+    values that are not finite.
+    """
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
+        raise ValueError(f"a has shape {first.shape}, b {second.shape}: pass two values for each of at least 2 images")
+    difference = first - second
+    if not np.isfinite(difference).all():
+        where = int(np.flatnonzero(~np.isfinite(difference))[0])
+        raise ValueError(f"a or b is not finite at image {where}: leave the image out of both")
+    random, number = _random("bootstrap", seed), len(difference)
+    means = np.empty(draws)
+    rows = max(1, BOOTSTRAP_CELLS // number)
+    for start in range(0, draws, rows):
+        chunk = means[start : start + rows]
+        chunk[:] = difference[random.integers(0, number, (len(chunk), number))].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(difference.mean()), float(low), float(high)

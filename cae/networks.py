@@ -1,0 +1,197 @@
+"""The class association embedding (Fig. 2): two encoders, an AdaIN decoder and a two-headed discriminator.
+
+Legend: B batch, C channels, H height, W width, D numbers in the class code. Images are (B, 3, H, W) in [-1, 1].
+Padding is by reflection everywhere. Nothing here knows about losses, devices or workers.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cae.config import ModelConfig
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution with reflected borders that keeps the size (or halves it, for a 4x4 kernel with stride 2)."""
+    padding = 1 if stride == 2 else kernel // 2
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding, padding_mode="reflect")
+
+
+def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
+    """(B, 3, H, W) -> (B, width, H/4, W/4), with `norm` after each convolution."""
+    if config.stem == "unshuffle":
+        return nn.Sequential(nn.PixelUnshuffle(4), conv(48, config.width, 3), norm(config.width), nn.ReLU())
+    widths = [config.width // 4, config.width // 2, config.width]
+    layers = [conv(3, widths[0], 7), norm(widths[0]), nn.ReLU()]
+    for c_in, c_out in pairwise(widths):
+        layers += [conv(c_in, c_out, 4, 2), norm(c_out), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class NoNorm(nn.Identity):
+    """Takes the place of a norm layer; `nn.Identity` accepts and ignores the channel count."""
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(act(norm(conv(x))))), both convolutions 3x3; no activation after the sum."""
+
+    def __init__(self, channels: int, norm: type[nn.Module], activation: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            conv(channels, channels, 3), norm(channels), activation, conv(channels, channels, 3), norm(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ClassEncoder(nn.Module):
+    """E_c: image -> class code (B, D). No norm, so that brightness and contrast of a feature can be class features."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.features = nn.Sequential(
+            stem(config, NoNorm), conv(width, width, 4, 2), nn.ReLU(), conv(width, width, 4, 2), nn.ReLU()
+        )
+        self.to_code = nn.Conv2d(width, config.class_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)  # (B, width, H/16, W/16)
+        return self.to_code(features).mean(dim=(2, 3))  # (B, D)
+
+
+class IndividualEncoder(nn.Module):
+    """E_s: image -> individual code (B, width, H/4, W/4)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        blocks = [ResidualBlock(config.width, nn.InstanceNorm2d, nn.ReLU()) for _ in range(config.blocks)]
+        self.features = nn.Sequential(stem(config, nn.InstanceNorm2d), *blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+class AdaINBlock(nn.Module):
+    """A residual block whose instance norms take shift and scale as arguments."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = conv(channels, channels, 3)
+        self.conv2 = conv(channels, channels, 3)
+
+    def forward(self, x: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
+        """x (B, C, H, W); shifts and scales (B, 2, C), one row per convolution."""
+        y = torch.relu(_adain(self.conv1(x), shifts[:, 0], scales[:, 0]))
+        return x + _adain(self.conv2(y), shifts[:, 1], scales[:, 1])
+
+
+def _adain(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift[:, :, None, None], F.instance_norm(x), scale[:, :, None, None])
+
+
+class LayerNorm(nn.Module):
+    """Norm over C, H, W of each image by its mean and unbiased standard deviation, then an affine map per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+        scale = self.scale[:, None, None] / (std + 1e-5)  # (B, C, 1, 1)
+        return torch.addcmul(self.shift[:, None, None] - mean * scale, x, scale)
+
+
+class Decoder(nn.Module):
+    """G: class code (B, D) and individual code (B, width, H/4, W/4) -> image (B, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.mlp_width
+        self.width = width
+        self.mlp = nn.Sequential(
+            nn.Linear(config.class_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, config.blocks * 4 * width),
+        )  # fmt: skip
+        self.blocks = nn.ModuleList(AdaINBlock(width) for _ in range(config.blocks))
+        ups: list[nn.Module] = []
+        for c in (width, width // 2):
+            ups += [nn.Upsample(scale_factor=2), conv(c, c // 2, config.up_kernel), LayerNorm(c // 2), nn.ReLU()]
+        self.up = nn.Sequential(*ups, conv(width // 4, 3, config.out_kernel))
+
+    def forward(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
+        # Per AdaIN layer first all shifts, then all scales: (B, blocks, convolutions, shift | scale, C).
+        adain = self.mlp(class_code).unflatten(1, (len(self.blocks), 2, 2, self.width))
+        x = individual_code
+        for i, block in enumerate(self.blocks):
+            x = block(x, adain[:, i, :, 0], adain[:, i, :, 1])
+        return torch.tanh(self.up(x))
+
+
+class CAE(nn.Module):
+    """Class association embedding: encodes an image into a class code and an individual code, and back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.image_size % 16:
+            raise ValueError(f"image size {config.image_size} is not a multiple of 16: choose one that is")
+        self.config = config
+        self.class_encoder = ClassEncoder(config)
+        self.individual_encoder = IndividualEncoder(config)
+        self.decoder = Decoder(config)
+        self.apply(_kaiming)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) -> class code (B, D), individual code (B, width, H/4, W/4)."""
+        return self.class_encoder(x), self.individual_encoder(x)
+
+    def decode(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
+        """Class code (B, D) and individual code (B, width, H/4, W/4) -> images (B, 3, H, W)."""
+        return self.decoder(class_code, individual_code)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction G(E_c(x), E_s(x))."""
+        return self.decode(*self.encode(x))
+
+
+class Discriminator(nn.Module):
+    """D: image -> logits (B, 2 + classes): fake, real (D_r), then one per class (D_c)."""
+
+    def __init__(self, config: ModelConfig, classes: int) -> None:
+        super().__init__()
+        widths = [config.disc_width * 2**i for i in range(4)]
+        layers: list[nn.Module] = []
+        for c_in, c_out in zip([3, *widths], widths, strict=False):
+            layers += [conv(c_in, c_out, 4, 2), nn.LeakyReLU(0.2)]
+        layers += [ResidualBlock(widths[-1], NoNorm, nn.LeakyReLU(0.2)) for _ in range(config.disc_blocks)]
+        self.features = nn.Sequential(*layers)
+        hidden = widths[-1] // 2
+        self.head = nn.Sequential(
+            nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(hidden, 2 + classes)
+        )
+        self.apply(_normal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x).mean(dim=(2, 3))  # (B, 8 * disc_width)
+        return self.head(features)
+
+
+def _kaiming(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight, mode="fan_in")
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+
+
+def _normal(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,174 @@
+"""Which pairs to train on, and one step of training the CAE against its discriminator.
+
+Legend: B pairs in a step, so 2B images: the first members, then the second ones (see losses.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cae.checkpoint import read_model, save_model
+from cae.config import LossWeights, ModelConfig, TrainConfig
+from cae.losses import DiscriminatorObjective, GeneratorObjective, needs_blackbox
+from cae.networks import CAE, Discriminator
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a whole training, in order: P pairs of different classes."""
+
+    index: np.ndarray
+    """(P, 2) positions of the two images in the labels given."""
+    flip: np.ndarray
+    """(P, 2) whether to mirror each image."""
+
+
+def draw_pairs(labels: np.ndarray, config: TrainConfig, seed: int) -> Pairs:
+    """Every class pair equally often, and within a class every image equally often, whatever the class counts.
+
+    `labels` (N,) are class indices. The pairs depend on the labels, the configuration and the seed only, not on the
+    number of workers. Raises ValueError for fewer than two classes.
+    """
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        raise ValueError("pairs need images of two classes at least: the labels to train on name only one")
+    count = config.pairs if config.epochs == 0 else min(config.pairs, round(config.epochs * len(labels)))
+    count = max(config.batch, count - count % config.batch)  # whole steps
+    rng = np.random.default_rng(seed)
+    kinds = np.array(list(combinations(classes, 2)))
+    kind = kinds[_passes(np.arange(len(kinds)), count, rng)]  # (P, 2) classes
+    kind = rng.permuted(kind, axis=1)
+    index = np.empty((count, 2), np.int64)
+    for label in classes:
+        index[kind == label] = _passes(np.flatnonzero(labels == label), int((kind == label).sum()), rng)
+    return Pairs(index, rng.random((count, 2)) < config.flip)
+
+
+def _passes(items: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` items in shuffled passes over all of them."""
+    passes = [rng.permutation(items) for _ in range(-(-count // len(items)))]
+    return np.concatenate(passes)[:count]
+
+
+class Trainer:
+    """The CAE, its discriminator and their optimisers; `step` trains both on one batch of pairs.
+
+    `wrap` takes each player's objective and returns what to call instead (DistributedDataParallel, say); nothing in
+    here knows about workers. `blackbox` is needed for the class heads `distilled` and `blackbox`.
+    """
+
+    def __init__(
+        self,
+        cae: CAE,
+        discriminator: Discriminator,
+        config: TrainConfig,
+        weights: LossWeights,
+        steps: int,
+        blackbox: nn.Module | None = None,
+        wrap: Wrap = lambda module: module,
+        bf16: bool = False,
+    ) -> None:
+        if needs_blackbox(config.class_head) and blackbox is None:
+            raise ValueError(f"the class head {config.class_head} needs the classifier")
+        self.cae = cae
+        self.discriminator = discriminator
+        self.config = config
+        self.blackbox = blackbox if needs_blackbox(config.class_head) else None
+        self.bf16 = bf16
+        differentiable = self.blackbox if config.class_head == "blackbox" else None
+        self.generator_objective = wrap(GeneratorObjective(cae, discriminator, weights, differentiable))
+        self.discriminator_objective = wrap(DiscriminatorObjective(discriminator, weights))
+        self.optimizers = [
+            torch.optim.Adam(player.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+            for player in (cae, discriminator)
+        ]
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (config.lr_halvings * step // steps))
+            for optimizer in self.optimizers
+        ]
+        self.average = AveragedModel(cae, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        self.step_count = 0
+
+    @property
+    def best(self) -> CAE:
+        """The CAE to use: the averaged weights where `ema` asks for them."""
+        best = self.cae if self.average is None else self.average.module
+        assert isinstance(best, CAE)
+        return best
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Images x (2B, 3, H, W) and class indices y (2B,) of B pairs -> named terms, before weights."""
+        generator, discriminator = self.optimizers
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            # One generator pass serves both players: its swaps, detached, are the discriminator's fakes.
+            self.discriminator.requires_grad_(False)
+            terms_g, swap = self.generator_objective(x, y)
+            self._descend(generator, terms_g["loss_g"])
+
+            self.discriminator.requires_grad_(True)
+            swap_probabilities = None
+            if self.config.class_head == "distilled" and self.blackbox is not None:
+                with torch.no_grad():
+                    swap_probabilities = self.blackbox(swap).softmax(1)
+            terms_d = self.discriminator_objective(x, swap, y, swap_probabilities)
+            self._descend(discriminator, terms_d["loss_d"])
+        for scheduler in self.schedulers:
+            scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.cae)
+        self.step_count += 1
+        return {name: term.detach() for name, term in (terms_g | terms_d).items()}
+
+    @staticmethod
+    def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on exactly where this trainer is."""
+        return {
+            "cae": self.cae.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "step_count": self.step_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; models of other sizes raise RuntimeError."""
+        self.cae.load_state_dict(state["cae"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        self.step_count = state["step_count"]
+
+
+def save(folder: str, cae: CAE, classes: tuple[str, ...], **about: Any) -> None:
+    """Save a trained CAE, with anything worth knowing about it in `about`."""
+    save_model(folder, cae, {"kind": "cae", "classes": list(classes), "model": asdict(cae.config), **about})
+
+
+def load(folder: str) -> CAE:
+    """The CAE saved in a folder, frozen, in evaluation mode. Raises ValueError, in one line, when there is none."""
+    state, config = read_model(folder)
+    if config.get("kind") != "cae":
+        raise ValueError(f"the model in {folder} is no CAE")
+    cae = CAE(ModelConfig(**config["model"]))
+    cae.load_state_dict(state)
+    return cae.eval().requires_grad_(False)

@@ -1,0 +1,184 @@
+"""Work over a whole archive on Ray Data: units of work that are each done exactly once.
+
+A unit is a dict that names what to do and, under `part`, the Parquet file that holds its result. The file is written
+in one piece, last, so a unit whose file exists is done. A job that is killed at any time and called again does the
+rest; a unit that Ray runs twice (a retry after a lost node) writes the same file again. Ray Data's own row-level
+checkpoints need rows to reach a write task first and keep a growing set of ids to filter by; files cost one listing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from cae.images import Fit, UnreadableImage, decode
+from pipelines.cluster import device_of, threads_for
+from pipelines.run import Run, RunOptions, UserError
+
+Unit = dict[str, Any]
+Worker = Callable[[Unit], pa.Table]
+UNIT_ROWS = 256
+
+
+class _Task:
+    """One worker of a bulk stage, in an actor: does units and writes their parts."""
+
+    def __init__(self, worker: type, arguments: dict[str, Any], folder: str, out: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.run = Run(folder)
+        self.out = out
+        self.worker: Worker = worker(self.run, **arguments)
+
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        table = self.worker(unit)
+        write_table(self.run, f"{self.out}/{unit['part']}", table)
+        return {"units": 1, "rows": unit["rows"]}
+
+
+def bulk(
+    run: Run, options: RunOptions, stage: str, units: list[Unit], worker: type, out: str, **arguments: Any
+) -> None:
+    """Do every unit whose part is not in `out` yet; `worker(run, **arguments)` is called on one unit at a time.
+
+    Prints progress with rate and time left. `unit["rows"]` is the number of images in it.
+    """
+    done = set(list_parts(run, out))
+    pending = [unit for unit in units if unit["part"] not in done]
+    rows = sum(unit["rows"] for unit in pending)
+    if len(pending) < len(units):
+        print(f"{stage:9} {len(units) - len(pending)} of {len(units)} parts are there already", flush=True)
+    if not pending:
+        return
+    device = device_of(options)
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if device == "cuda" else 0
+    cores = os.cpu_count() or 1
+    actors = min(len(pending), options.workers or gpus or max(cores, int(ray.cluster_resources()["CPU"]) // 2))
+    if not gpus and not options.workers and "RAY_ADDRESS" not in os.environ:
+        actors = min(actors, cores)
+    data = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
+        _Task,  # type: ignore[arg-type]  # a class whose instances are called, as Ray Data's actors want it
+        fn_constructor_kwargs={
+            "worker": worker, "arguments": arguments, "folder": run.folder, "out": out, "threads": threads_for(actors)
+        },
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=0.5,
+        num_gpus=1 if gpus else 0,
+    )  # fmt: skip
+    seen, begun, told = 0, time.time(), time.time()
+    for result in data.iter_rows():
+        seen += result["rows"]
+        if time.time() - told > 10 and seen < rows:
+            told = time.time()
+            rate = seen / (told - begun)
+            left = (rows - seen) / rate / 60
+            print(f"{stage:9} {seen:,}/{rows:,} images  {rate:.1f}/s  {left:.1f} min left", flush=True)
+
+
+# --- Parquet in the run folder ---------------------------------------------------------------------------------------
+
+
+def write_table(run: Run, name: str, table: pa.Table) -> None:
+    """Write a Parquet file in one piece: readers see all of it or nothing."""
+    path = run.path(name)
+    run.fs.makedirs(os.path.dirname(path), exist_ok=True)
+    if "://" in run.folder:  # an object store shows a file only when it is whole
+        pq.write_table(table, path.split("://", 1)[1], filesystem=run.fs, row_group_size=UNIT_ROWS)
+        return
+    draft = f"{path}.{os.getpid()}.tmp"
+    pq.write_table(table, draft, row_group_size=UNIT_ROWS)
+    os.replace(draft, path)
+
+
+def list_parts(run: Run, folder: str) -> list[str]:
+    """Parquet files below a folder of the run, relative to it, sorted."""
+    base = run.fs._strip_protocol(run.path(folder))
+    if not run.fs.isdir(base):
+        return []
+    run.fs.invalidate_cache(base)
+    return sorted(path[len(base) + 1 :] for path in run.fs.find(base) if path.endswith(".parquet"))
+
+
+def read_table(run: Run, folder: str, columns: list[str] | None = None) -> pa.Table:
+    """All parts of a folder of the run, sorted by id. Hidden folders (`_parts`) are left out."""
+    base = run.fs._strip_protocol(run.path(folder))
+    parts = [part for part in list_parts(run, folder) if not part.startswith("_")]
+    if not parts:
+        raise UserError(f"{run.path(folder)} holds no Parquet files")
+    tables = [pq.read_table(f"{base}/{part}", columns=columns, filesystem=run.fs, partitioning=None) for part in parts]
+    return pa.concat_tables(tables).sort_by("id")
+
+
+def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
+    """One unit per row group of the image shards, of some splits or all."""
+    units = []
+    base = run.fs._strip_protocol(run.path("shards"))
+    for part in list_parts(run, "shards"):
+        if part.startswith(("_", "rejected")) or (splits and part.split("/")[0].removeprefix("split=") not in splits):
+            continue
+        with run.fs.open(f"{base}/{part}") as file:
+            groups = pq.ParquetFile(file).metadata
+            units += [
+                {
+                    "shard": part,
+                    "group": i,
+                    "rows": groups.row_group(i).num_rows,
+                    "part": f"{part.removesuffix('.parquet')}-{i:04d}.parquet",
+                }
+                for i in range(groups.num_row_groups)
+            ]
+    return units
+
+
+def split_of(unit: Unit) -> str:
+    """The split that a unit's images belong to."""
+    return unit["shard"].split("/")[0].removeprefix("split=")
+
+
+def read_unit(run: Run, unit: Unit) -> pa.Table:
+    """The shard rows of a unit."""
+    base = run.fs._strip_protocol(run.path("shards"))
+    with run.fs.open(f"{base}/{unit['shard']}") as file:
+        return pq.ParquetFile(file).read_row_group(unit["group"])
+
+
+def decode_all(images: list[bytes], size: int, fit: Fit) -> tuple[np.ndarray, list[str]]:
+    """Encoded images to uint8 (N, size, size, 3), and for each the reason why it could not be decoded, or ""."""
+
+    def one(data: bytes) -> tuple[np.ndarray, str]:
+        try:
+            return decode(data, size, fit), ""
+        except UnreadableImage as error:
+            return np.zeros((size, size, 3), np.uint8), str(error)
+
+    with ThreadPoolExecutor(threads_for(1)) as pool:
+        decoded = list(pool.map(one, images))
+    return np.stack([array for array, _ in decoded]), [reason for _, reason in decoded]
+
+
+def read_images(run: Run, ids: np.ndarray, size: int, fit: Fit) -> np.ndarray:
+    """The images with these ids, uint8 (N, size, size, 3), in their order; only those are held in memory."""
+    place = {name: i for i, name in enumerate(ids)}
+    out = np.empty((len(ids), size, size, 3), np.uint8)
+    for unit in shard_units(run):
+        table = read_unit(run, unit).select(["id", "image"])
+        rows = [i for i, name in enumerate(table["id"].to_pylist()) if name in place]
+        if rows:
+            table = table.take(rows)
+            arrays, _ = decode_all(table["image"].to_pylist(), size, fit)
+            out[[place[name] for name in table["id"].to_pylist()]] = arrays
+    return out
+
+
+def batches(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    """A table in slices of `size` rows."""
+    for start in range(0, len(table), size):
+        yield table.slice(start, size)

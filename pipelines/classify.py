@@ -1,0 +1,185 @@
+"""Stage classify: the black box. Trains a ResNet with Ray Train, or takes the user's; then asks it about every image.
+
+Writes `classifier/` (unless the user's own is used), `predictions/…parquet` and `evaluation/accuracy.csv`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import ray.train
+import torch
+import torch.nn.functional as F
+import tyro
+from ray.train.torch import get_device, prepare_model
+from sklearn.metrics import balanced_accuracy_score, recall_score
+
+from cae import classifiers
+from cae.config import ClassifierConfig, ModelConfig
+from cae.images import Fit, to_tensor
+from pipelines import run as runs
+from pipelines.bulk import Unit, batches, bulk, decode_all, read_images, read_table, read_unit, shard_units, split_of
+from pipelines.cluster import connect, device_of, fit_torch, last_checkpoint, place, report
+from pipelines.run import Run, UserError
+from pipelines.shard import ShardOptions, read_index
+
+
+@dataclass(frozen=True)
+class ClassifyOptions(ShardOptions):
+    """The classifier to explain."""
+
+    classifier: str = ""
+    """The black box: empty to train one, a folder with one saved by this project, or
+    torchvision:NAME@WEIGHTS.safetensors. Its classes must be those of the data, in sorted order."""
+    fit: Fit = "crop"
+    """How an image becomes square: `crop` its centre, or `squash` it."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=ModelConfig)
+    resnet: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+
+def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
+    """Train or load the classifier and write its predictions; returns its accuracy on every split."""
+    connect()
+    names = tuple(run.result("shard")["classes"])
+    if options.classifier:
+        spec = options.classifier
+        if "://" not in spec and not spec.startswith("torchvision:"):
+            spec = os.path.abspath(spec)
+        names = classifiers.load(spec, names).classes  # fails here, early, on a wrong one
+    else:
+        spec = run.path("classifier")
+        _train(run, options, names)
+    bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
+         spec=spec, names=names, size=options.model.image_size, fit=options.fit, device=device_of(options))  # fmt: skip
+    accuracy = _accuracy(run, names)
+    run.write("evaluation/accuracy.csv", accuracy.to_csv(index=False).encode())
+    runs.log_folder(run, "evaluation/accuracy.csv")
+    if not options.classifier:
+        runs.log_folder(run, "classifier")
+    metrics = {
+        f"classifier/{row.split}/{name}": float(getattr(row, name))
+        for row in accuracy.itertuples()
+        for name in ("accuracy", "balanced_accuracy")
+    }
+    shown = ", ".join(f"{row.split} {row.balanced_accuracy:.3f}" for row in accuracy.itertuples())
+    return {"says": f"balanced accuracy {shown or 'unknown: no labels'}", "spec": spec, "classes": names, **metrics}
+
+
+def _accuracy(run: Run, names: tuple[str, ...]) -> pd.DataFrame:
+    """One row a split: accuracy, balanced accuracy, recall of each class, on the images with labels."""
+    table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
+    rows = []
+    for split, part in table.dropna(subset=["label"]).groupby("split"):
+        recall = recall_score(part.label, part.predicted, average=None, labels=range(len(names)), zero_division=np.nan)
+        rows.append({
+            "split": split, "images": len(part), "accuracy": (part.label == part.predicted).mean(),
+            "balanced_accuracy": balanced_accuracy_score(part.label, part.predicted),
+            **{f"recall_{name}": value for name, value in zip(names, recall, strict=True)},
+        })  # fmt: skip
+    columns = ["split", "images", "accuracy", "balanced_accuracy"]
+    return pd.DataFrame(rows, columns=None if rows else columns)
+
+
+class PredictWorker:
+    """Asks the classifier about the images of a unit."""
+
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str) -> None:
+        self.run, self.size, self.fit, self.device = run, size, fit, device
+        self.blackbox = place(classifiers.load(spec, names), device)
+
+    def __call__(self, unit: Unit) -> pa.Table:
+        table = read_unit(self.run, unit)
+        probabilities = []
+        for batch in batches(table, 128):
+            arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
+            probabilities.append(self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu().numpy())
+        p = np.concatenate(probabilities)
+        return pa.table({
+            "id": table["id"], "split": pa.array([split_of(unit)] * len(p), pa.string()), "label": table["label"],
+            "predicted": pa.array(p.argmax(1), pa.int32()), "probabilities": pa.array(list(p), pa.list_(pa.float32())),
+        })  # fmt: skip
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def _train(run: Run, options: ClassifyOptions, names: tuple[str, ...]) -> None:
+    """Train the built-in ResNet on the train split and save it in `classifier/`."""
+    index = read_index(run).to_pandas()
+    index = index[(index.split == "train") & index.label.notna()]
+    if index.empty:
+        raise UserError("no labelled images in train: give a trained classifier with --classifier")
+    fit_torch(run, options, "classify", _train_loop, {
+        "folder": run.folder, "ids": index.id.to_numpy(), "labels": index.label.to_numpy(np.int64), "names": names,
+        "config": asdict(options.resnet), "size": options.model.image_size, "fit": options.fit, "seed": options.seed,
+    })  # fmt: skip
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    torch.set_num_threads(config["threads"])
+    context, device = ray.train.get_context(), get_device()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    options = ClassifierConfig(**config["config"])
+    images = read_images(Run(config["folder"]), config["ids"], config["size"], config["fit"])
+    labels = torch.from_numpy(config["labels"])
+    torch.manual_seed(config["seed"])
+    blackbox = place(classifiers.build(options, config["names"]), device)
+    model = prepare_model(blackbox, move_to_device=False)
+    # Class balance: each class weighs the same, whatever its count.
+    weight = (1 / torch.bincount(labels, minlength=len(config["names"])).clamp(1).float()).to(device)
+    steps_per_epoch = max(1, len(labels) // options.batch)
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
+    total = options.epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2 * options.lr, total_steps=total)
+    first = 0
+    state = last_checkpoint(device)
+    if state is not None:
+        blackbox.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["epoch"] + 1
+    begun = time.time()
+    model.train()
+    with runs.join_tracking(config["tracking"], rank):
+        for epoch in range(first, options.epochs):
+            rng = torch.Generator().manual_seed(config["seed"] + epoch)
+            order = torch.randperm(len(labels), generator=rng)
+            losses = []
+            for step in range(steps_per_epoch):
+                chosen = order[step * options.batch : (step + 1) * options.batch][rank::world]
+                x = classifiers.augment(to_tensor(images[chosen.numpy()], device), rng)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = F.cross_entropy(model(x), labels[chosen].to(device), weight)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.detach())
+            runs.log_metrics({"classifier/loss": float(torch.stack(losses).mean())}, step=epoch + 1)
+            left = (time.time() - begun) / (epoch + 1 - first) * (options.epochs - 1 - epoch) / 60
+            if rank == 0:
+                rate = (epoch + 1 - first) * steps_per_epoch * options.batch / (time.time() - begun)
+                print(f"classify  epoch {epoch + 1}/{options.epochs}  {rate:.0f} images/s  {left:.1f} min left")
+            kept = {"model": blackbox.state_dict(), "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(), "epoch": epoch}  # fmt: skip
+            report(kept if rank == 0 else None)
+    if rank == 0:
+        classifiers.save(Run(config["folder"]).path("classifier"), blackbox, options)
+
+
+OWN = ("classifier", "fit", "model", "resnet")
+
+
+def main(options: ClassifyOptions) -> dict[str, Any]:
+    """Run the stage on a run folder."""
+    return runs.run_stage("classify", options, classify, OWN, needs=("shard",))
+
+
+if __name__ == "__main__":
+    runs.command(ClassifyOptions, main)

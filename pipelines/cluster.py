@@ -1,0 +1,96 @@
+"""The Ray cluster: joining it, what it has, and training loops under Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from typing import Any, TypeVar
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines import run as runs
+from pipelines.run import Run, RunOptions, UserError
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start Ray inside this process."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+    else:
+        # Four slots at least: a bulk stage needs one for its actor and others for Ray Data's own tasks.
+        slots = max(4, os.cpu_count() or 1)
+        ray.init("local", num_cpus=slots, logging_level=logging.WARNING, object_store_memory=500_000_000)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def device_of(options: RunOptions) -> str:
+    """The device that `--device` asks for, `auto` meaning the GPUs that the cluster has. Raises UserError."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if options.device == "cuda" and not gpus:
+        raise UserError("--device cuda, but this Ray cluster has no GPU: leave --device out to use the CPUs")
+    return "cpu" if options.device == "cpu" or not gpus else "cuda"
+
+
+def place(module: ModuleT, device: torch.device | str) -> ModuleT:
+    """The module on a device, its convolutions in channels-last memory, which is the faster one on CPUs and GPUs."""
+    return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def threads_for(processes: int) -> int:
+    """Threads for each of so many processes on this machine."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, Any]) -> Any:
+    """Run a training loop under Ray Train on `--workers` processes; it resumes at the run folder's last checkpoint.
+
+    Returns what the loop returns on rank 0.
+    """
+    device = device_of(options)
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if device == "cuda" else 0
+    workers = options.workers or gpus or 1
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=config | {"threads": threads_for(workers), "tracking": runs.tracking_of_stage()},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1}),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name=stage,
+            storage_path=run.path("checkpoints"),
+            failure_config=FailureConfig(max_failures=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+        ),
+    )
+    return trainer.fit().return_value  # type: ignore[attr-defined]
+
+
+def report(state: dict[str, Any] | None) -> None:
+    """Hand a checkpoint to Ray Train; every worker calls it, rank 0 with the state."""
+    with tempfile.TemporaryDirectory() as folder:
+        if state is not None:
+            torch.save(state, f"{folder}/state.pt")
+        ray.train.report({}, checkpoint=Checkpoint.from_directory(folder) if state is not None else None)
+
+
+def last_checkpoint(device: torch.device) -> dict[str, Any] | None:
+    """The state that `report` kept last in this run folder, if any."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return torch.load(f"{folder}/state.pt", map_location=device, weights_only=True)

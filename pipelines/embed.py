@@ -1,0 +1,141 @@
+"""Stage embed: class codes of every image, by Ray Data, and what is drawn from all of them.
+
+Writes `codes/…parquet`, `manifold/projections.parquet` and `manifold/counter_codes.parquet`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cae import classifiers, manifold, training
+from cae.images import Fit, to_tensor
+from pipelines import run as runs
+from pipelines.bulk import (
+    Unit,
+    batches,
+    bulk,
+    decode_all,
+    read_images,
+    read_table,
+    read_unit,
+    shard_units,
+    split_of,
+    write_table,
+)
+from pipelines.cluster import connect, device_of, place
+from pipelines.run import Run
+from pipelines.train import TrainOptions
+
+CANDIDATES = 8  # training images a class from which the counter code is chosen
+TRIED_ON = 32  # training images of other classes that each candidate is tried on
+
+
+@dataclass(frozen=True)
+class EmbedOptions(TrainOptions):
+    """The class codes."""
+
+
+def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
+    """Write codes, projections and counter codes; returns the variance that two axes show."""
+    connect()
+    chosen = run.result("classify")
+    size, names = options.model.image_size, tuple(chosen["classes"])
+    bulk(run, options, "embed", shard_units(run), EmbedWorker, "codes",
+         spec=chosen["spec"], names=names, size=size, fit=options.fit, device=device_of(options))  # fmt: skip
+    table = read_table(run, "codes")
+    codes = np.array(table["class_code"].to_pylist(), np.float32)
+    ids, splits = np.array(table["id"].to_pylist()), np.array(table["split"].to_pylist())
+    known = splits == "train"
+    projections = manifold.project(codes, known, options.seed)
+    write_table(run, "manifold/projections.parquet", pa.table({
+        "id": ids, "split": splits, "predicted": table["predicted"],
+        "pca_1": projections.pca[:, 0], "pca_2": projections.pca[:, 1],
+        "tsne_1": projections.tsne[:, 0], "tsne_2": projections.tsne[:, 1],
+    }))  # fmt: skip
+    rates = _counter_codes(run, options, codes[known], ids[known], np.array(table["predicted"])[known])
+    worst = min(rates.values())
+    return {
+        "says": f"{len(codes):,} codes; the counter codes flip {worst:.0%} or more of the training images tried",
+        "manifold/pca_variance_2": sum(projections.variance),
+        **{f"manifold/counter_flips_{names[label]}": rate for label, rate in rates.items()},
+    }
+
+
+@torch.no_grad()
+def _counter_codes(
+    run: Run, options: EmbedOptions, codes: np.ndarray, ids: np.ndarray, predicted: np.ndarray
+) -> dict[int, float]:
+    """For each class the code, of the training images nearest to the class's mean, that flips b most surely.
+
+    Each candidate is put into training images of other classes; the share that b then gives to the class decides.
+    """
+    chosen = run.result("classify")
+    blackbox, cae = classifiers.load(chosen["spec"], tuple(chosen["classes"])), training.load(run.path("cae"))
+    rng = np.random.default_rng(options.seed)
+    rows, rates = [], {}
+    for label, candidates in manifold.medoids(codes, predicted, CANDIDATES).items():
+        others = rng.permutation(np.flatnonzero(predicted != label))[:TRIED_ON]
+        images = read_images(run, ids[others], options.model.image_size, options.fit)
+        individual = cae.individual_encoder(to_tensor(images))
+        shares = []
+        for candidate in candidates:
+            code = torch.from_numpy(codes[int(candidate)]).expand(len(others), -1)
+            p = blackbox.probabilities(cae.decode(code, individual))
+            shares.append((float((p.argmax(1) == label).float().mean()), float(p[:, label].mean())))
+        best = max(range(len(candidates)), key=lambda i: shares[i])
+        rates[label] = shares[best][0]
+        rows.append({"id": ids[candidates[best]], "label": label, "class_code": codes[candidates[best]].tolist(),
+                     "flips": shares[best][0], "tried_on": len(others)})  # fmt: skip
+    write_table(run, "manifold/counter_codes.parquet", pa.Table.from_pylist(rows))
+    return rates
+
+
+class EmbedWorker:
+    """Encodes the images of a unit."""
+
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str) -> None:
+        self.run, self.size, self.fit, self.device = run, size, fit, device
+        self.blackbox = place(classifiers.load(spec, names), device)
+        self.cae = place(training.load(run.path("cae")), device)
+
+    @torch.no_grad()
+    def __call__(self, unit: Unit) -> pa.Table:
+        table = read_unit(self.run, unit)
+        columns: dict[str, list[np.ndarray]] = {"code": [], "p": [], "p_reconstruction": [], "error": []}
+        for batch in batches(table, 64):
+            x = to_tensor(decode_all(batch["image"].to_pylist(), self.size, self.fit)[0], self.device)
+            code, individual = self.cae.encode(x)
+            reconstruction = self.cae.decode(code, individual)
+            found = {
+                "code": code, "p": self.blackbox.probabilities(x),
+                "p_reconstruction": self.blackbox.probabilities(reconstruction),
+                "error": (reconstruction - x).abs().mean((1, 2, 3)),
+            }  # fmt: skip
+            for name, tensor in found.items():
+                columns[name].append(tensor.float().cpu().numpy())
+        codes, p, p_reconstruction, error = (np.concatenate(parts) for parts in columns.values())
+        numbers = pa.list_(pa.float32())
+        return pa.table({
+            "id": table["id"], "split": pa.array([split_of(unit)] * len(p), pa.string()),
+            "label": table["label"], "predicted": pa.array(p.argmax(1), pa.int32()),
+            "probabilities": pa.array(list(p), numbers), "class_code": pa.array(list(codes), numbers),
+            "reconstruction_error": pa.array(error, pa.float32()),
+            "reconstruction_predicted": pa.array(p_reconstruction.argmax(1), pa.int32()),
+        })  # fmt: skip
+
+
+OWN = ("train", "model")
+
+
+def main(options: EmbedOptions) -> dict[str, Any]:
+    """Run the stage on a run folder."""
+    return runs.run_stage("embed", options, embed, OWN, needs=("shard", "classify", "train"))
+
+
+if __name__ == "__main__":
+    runs.command(EmbedOptions, main)

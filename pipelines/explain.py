@@ -1,0 +1,207 @@
+"""Stage explain: a map, its counterfactual and a status for every image and target, by Ray Data.
+
+Writes `explanations/…parquet`, and overlays as PNG for the first `--overlays` images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cae import classifiers, figures, manifold, training
+from cae.explain import Explanation, Mode, explain
+from cae.images import Fit, encode_png, to_array, to_tensor
+from pipelines import run as runs
+from pipelines.bulk import Unit, batches, bulk, decode_all, read_table, read_unit, shard_units, split_of
+from pipelines.cluster import connect, device_of, place
+from pipelines.embed import EmbedOptions
+from pipelines.run import Run, UserError
+
+BATCH = 32
+REFERENCE_CODES = 5000  # training codes that a code's distance is taken to
+
+
+@dataclass(frozen=True)
+class ExplainOptions(EmbedOptions):
+    """Which images to explain, towards what, and how."""
+
+    splits: tuple[str, ...] = ("val", "test", "archive")
+    """Splits to explain; add `train` to explain everything."""
+    targets: str = "runner-up"
+    """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name."""
+    mode: Mode = "path"
+    """How a path becomes a map: `path` (the paper's: frame differences weighted by the rise of the target's
+    probability), `contrast` (end against reconstruction) or `input` (end against image)."""
+    steps: int = 8
+    """Steps of the path before bisection."""
+    margin: float = 0.0
+    """How far, in probability, the target must be ahead of every other class to end the path."""
+    frames: bool = False
+    """Keep the frames of every path as PNG in the Parquet files."""
+    overlays: int = 24
+    """Images whose maps are also drawn over them as PNG files."""
+
+
+def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
+    """Explain every image of the splits asked for; returns the share of each status."""
+    connect()
+    chosen = run.result("classify")
+    names = tuple(chosen["classes"])
+    if options.targets not in ("runner-up", "all", *names):
+        raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
+    units = shard_units(run, options.splits)
+    if not units:
+        raise UserError(f"no images in the splits {', '.join(options.splits)}: choose others with --splits")
+    left = options.overlays
+    for unit in units:
+        unit["overlays"] = min(left, unit["rows"])
+        left -= unit["overlays"]
+    counters = read_counter_codes(run)
+    table = read_table(run, "codes", ["id", "split", "class_code"])
+    known = np.array([code for code, split in zip(table["class_code"].to_pylist(), table["split"].to_pylist(),
+                                                  strict=True) if split == "train"], np.float32)  # fmt: skip
+    known = np.random.default_rng(options.seed).permutation(known)[:REFERENCE_CODES]
+    bulk(run, options, "explain", units, ExplainWorker, "explanations",
+         spec=chosen["spec"], names=names, size=options.model.image_size, fit=options.fit, device=device_of(options),
+         counters=counters, known=known, targets=options.targets, mode=options.mode, steps=options.steps,
+         margin=options.margin, frames=options.frames)  # fmt: skip
+    found = read_table(run, "explanations", ["id", "split", "status"])
+    status, split = np.array(found["status"].to_pylist()), np.array(found["split"].to_pylist())
+    metrics = {f"explain/{s}/flipped": float((status[split == s] == "flipped").mean()) for s in np.unique(split)}
+    counts = Counter(status.tolist())
+    says = ", ".join(f"{name} {count:,} ({count / len(status):.1%})" for name, count in counts.most_common())
+    if options.overlays:
+        runs.log_folder(run, "explanations/overlays")
+    return {"says": f"{len(status):,} maps: {says}", "statuses": dict(counts), **metrics}
+
+
+def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
+    """Class index -> id and class code of the training image whose code stands for the class."""
+    with run.fs.open(run.path("manifold", "counter_codes.parquet")) as file:
+        rows = pa.parquet.read_table(file).to_pylist()
+    return {row["label"]: (row["id"], np.array(row["class_code"], np.float32)) for row in rows}
+
+
+class ExplainWorker:
+    """Explains the images of a unit."""
+
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str,
+                 counters: dict[int, tuple[str, np.ndarray]], known: np.ndarray, targets: str, mode: Mode, steps: int,
+                 margin: float, frames: bool) -> None:  # fmt: skip
+        self.run, self.names, self.size, self.fit, self.device = run, names, size, fit, device
+        self.counters, self.known, self.targets, self.mode = counters, known, targets, mode
+        self.steps, self.margin, self.frames = steps, margin, frames
+        self.blackbox = place(classifiers.load(spec, names), device)
+        self.cae = place(training.load(run.path("cae")), device)
+
+    def __call__(self, unit: Unit) -> pa.Table:
+        rows: list[dict[str, Any]] = []
+        for batch in batches(read_unit(self.run, unit), BATCH):
+            ids = batch["id"].to_pylist()
+            arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
+            p = self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu()
+            images, targets = self._targets(p)
+            for start in range(0, len(images), BATCH):
+                chosen = slice(start, start + BATCH)
+                rows += self._explain(arrays, ids, p, images[chosen], targets[chosen])
+            for i in range(len(arrays)):
+                if len(rows) and unit["overlays"] > 0:
+                    self._overlay(arrays[i], next(row for row in rows if row["id"] == ids[i]))
+                    unit["overlays"] -= 1
+        for row in rows:
+            row["split"] = split_of(unit)
+        return pa.Table.from_pylist(rows, _schema(self.size))
+
+    def _targets(self, p: Tensor) -> tuple[list[int], list[int]]:
+        """Image index and target class of every explanation asked for, for probabilities (B, C)."""
+        order = p.argsort(1, descending=True).tolist()
+        pairs = []
+        for i, ranked in enumerate(order):
+            others = [label for label in ranked[1:] if label in self.counters]
+            if self.targets in self.names:
+                others = [label for label in others if self.names[label] == self.targets]
+            elif self.targets == "runner-up":
+                others = others[:1]
+            pairs += [(i, label) for label in others]
+        return [i for i, _ in pairs], [label for _, label in pairs]
+
+    def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int],
+                 targets: list[int]) -> list[dict[str, Any]]:  # fmt: skip
+        source = p[images].argmax(1)
+        code = torch.from_numpy(np.stack([self.counters[label][1] for label in targets])).to(self.device)
+        x = to_tensor(arrays[images], self.device)
+        common = {"size": self.size, "mode": self.mode}
+        try:
+            found = explain(self.cae, self.blackbox, x, source.to(self.device), torch.tensor(targets).to(self.device),
+                            code, mode=self.mode, steps=self.steps, margin=self.margin)  # fmt: skip
+            class_codes = self.cae.class_encoder(x).cpu().numpy()
+        except RuntimeError as error:
+            # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
+            if len(images) > 1:
+                return [
+                    row for i, t in zip(images, targets, strict=True) for row in self._explain(arrays, ids, p, [i], [t])
+                ]
+            reason = str(error).splitlines()[0]
+            return [common | {"id": ids[images[0]], "source": int(source[0]), "target": targets[0], "status": "failed",
+                              "error": reason, "counter_id": self.counters[targets[0]][0]}]  # fmt: skip
+        distance = manifold.distance_to(class_codes, self.known)
+        return [
+            common | {"id": ids[image], "source": int(source[k]), "target": targets[k],
+                      "counter_id": self.counters[targets[k]][0], "code_distance": float(distance[k])}
+            | self._row(found, k)
+            for k, image in enumerate(images)
+        ]  # fmt: skip
+
+    def _row(self, found: Explanation, k: int) -> dict[str, Any]:
+        row = {
+            "status": found.status[k], "error": "", "flip_at": float(found.flip_at[k]),
+            "p_source_start": float(found.p_source[k, 0]), "p_source_end": float(found.p_source[k, 1]),
+            "p_target_start": float(found.p_target[k, 0]), "p_target_end": float(found.p_target[k, 1]),
+            "reconstruction_error": float(found.reconstruction_error[k]),
+        }  # fmt: skip
+        if row["status"] == "failed":
+            return row | {"error": "the model or the classifier gave values that are not finite"}
+        row["map"] = found.map[k].flatten().half().cpu().numpy()
+        row["signed"] = found.signed[k].flatten().half().cpu().numpy()
+        if self.frames:
+            row["frames"] = [encode_png(frame) for frame in to_array(found.frames[k])]
+            row["frame_p"] = found.frame_p[k].cpu().numpy()
+        return row
+
+    def _overlay(self, image: np.ndarray, row: dict[str, Any]) -> None:
+        if row["status"] == "failed":
+            return
+        picture = figures.overlay(image, row["map"].astype(np.float32).reshape(self.size, self.size))
+        name = "".join(c if c.isalnum() or c in "-._" else "_" for c in row["id"])[-120:]
+        self.run.write(f"explanations/overlays/{name}.png", encode_png(np.concatenate([image, picture], 1)))
+
+
+def _schema(size: int) -> pa.Schema:
+    half = pa.list_(pa.float16(), size * size)
+    return pa.schema({
+        "id": pa.string(), "split": pa.string(),
+        "source": pa.int32(),  # the classifier's class
+        "target": pa.int32(), "status": pa.string(), "error": pa.string(), "counter_id": pa.string(),
+        "mode": pa.string(), "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
+        "p_target_start": pa.float32(), "p_target_end": pa.float32(), "reconstruction_error": pa.float32(),
+        "code_distance": pa.float32(), "size": pa.int32(), "map": half, "signed": half,
+        "frames": pa.list_(pa.binary()), "frame_p": pa.list_(pa.float32()),
+    })  # fmt: skip
+
+
+OWN = ("splits", "targets", "mode", "steps", "margin", "frames", "overlays")
+
+
+def main(options: ExplainOptions) -> dict[str, Any]:
+    """Run the stage on a run folder."""
+    return runs.run_stage("explain", options, explain_images, OWN, needs=("shard", "classify", "train", "embed"))
+
+
+if __name__ == "__main__":
+    runs.command(ExplainOptions, main)

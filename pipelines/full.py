@@ -1,0 +1,62 @@
+"""All stages in order: images to shards, classifier, class association embedding, codes, maps, measurements, report.
+
+    python pipelines/full.py --dataset synthetic --preset quick
+
+Calling it again on the same run folder does what is not done yet, and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines import classify, embed, evaluate, explain, shard, train
+from pipelines import run as runs
+from pipelines.run import Run, UserError
+
+STAGES = {
+    "shard": shard.main,
+    "classify": classify.main,
+    "train": train.main,
+    "embed": embed.main,
+    "explain": explain.main,
+    "evaluate": evaluate.main,
+}
+
+
+@dataclass(frozen=True)
+class FullOptions(evaluate.EvaluateOptions):
+    """Explain what a classifier looks at, across a whole data set: all stages, or those named in --stages."""
+
+    stages: tuple[str, ...] = tuple(STAGES)
+    """Stages to do, in order."""
+
+
+def main(options: FullOptions) -> None:
+    """Do the stages and say where the results are."""
+    unknown = [stage for stage in options.stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"--stages {unknown[0]}: choose among {', '.join(STAGES)}")
+    run = Run(options.run)
+    if all(run.done(stage) for stage in options.stages):
+        runs.refuse_contradictions(run, options)
+        print(f"nothing to do: {', '.join(options.stages)} are done in {run.folder}")
+    else:
+        begun = time.time()
+        print(f"{options.dataset}, preset {options.preset}, run folder {run.folder}", flush=True)
+        for name, stage in STAGES.items():
+            if name in options.stages:
+                stage(options)
+        print(f"finished in {(time.time() - begun) / 60:.1f} min")
+    run = Run(options.run)
+    if run.done("evaluate"):
+        print(f"report    {run.path('report.html')}")
+        print(f"pictures  {run.path('figures')}/")
+    uri = run.state.get("tracking_uri", "")
+    where = uri if uri.startswith("http") else f"{Path('.venv/bin/mlflow')} ui --backend-store-uri {uri}"
+    print(f"MLflow    {where}")
+
+
+if __name__ == "__main__":
+    runs.command(FullOptions, main)

@@ -1,0 +1,394 @@
+"""The run folder, its options, which stages are done, and its MLflow run: the only place that imports mlflow.
+
+`run.json` is the run's memory. A stage notes its options there when it starts and its results when it is done, written
+last, so a killed run goes on at the stage it was in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import fsspec
+import torch
+import tyro
+
+from cae.config import PRESETS, Preset
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+import mlflow
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; shown as one line without a traceback."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options that every stage takes."""
+
+    dataset: str = ""
+    """A named data set (synthetic, chest_xray, brain_tumor, oct, brain_tumor1, brain_tumor2, face, pneumoniamnist), or
+    the path of a folder of images or an .npz file in MedMNIST's layout."""
+    preset: Preset = "quick"
+    """Sizes of the networks and of their training: `paper` (256 pixels, the authors' network), `standard` (128, one
+    GPU) or `quick` (64, minutes on a CPU). The default is `standard` where there is a GPU, else `quick`."""
+    run: str = ""
+    """Run folder, local or s3://. Default: runs/DATASET-PRESET. An existing one goes on where it was, with its own
+    options."""
+    seed: int = 0
+    """Seed of everything random."""
+    tracking_uri: str = ""
+    """MLflow server (http://…) or database (sqlite:///…). Default: mlflow.db beside the run folder."""
+    experiment: str = "cae"
+    """MLflow experiment."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. `auto` takes the GPUs that the cluster has."""
+    workers: int = 0
+    """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
+    per core."""
+
+
+# These say how to run, not what to compute: they may differ from call to call on the same run folder.
+FREE = {"run", "tracking_uri", "experiment", "device", "workers", "stages"}
+OptionsT = TypeVar("OptionsT", bound=RunOptions)
+
+
+class Run:
+    """A run folder. `path` names things in it; `run.json` is kept in `state` and written by `save`."""
+
+    def __init__(self, folder: str) -> None:
+        self.fs, self.root = fsspec.url_to_fs(folder)
+        self.folder = folder if "://" in folder else self.root
+        file = self.path("run.json")
+        self.state: dict[str, Any] = {"options": {}, "stages": {}}
+        if self.fs.exists(file):
+            with self.fs.open(file) as stream:
+                self.state = json.load(stream)
+
+    def path(self, *parts: str) -> str:
+        """A path in the run folder, as fsspec, pyarrow and Ray take it."""
+        return "/".join([self.folder, *parts])
+
+    def save(self) -> None:
+        """Write run.json in one piece: a reader sees the old one or the new one."""
+        text = json.dumps(self.state, indent=1, default=str)
+        if "://" in self.folder:
+            self.write("run.json", text.encode())
+            return
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            draft = Path(self.path("run.json.tmp"))
+            draft.write_text(text)
+            draft.replace(self.path("run.json"))
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a whole file into the run folder."""
+        with fsspec.open(self.path(name), "wb", auto_mkdir=True) as stream:
+            stream.write(data)
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a finished stage noted down. Raises UserError when it is not done."""
+        if not self.done(stage):
+            raise UserError(
+                f"the run {self.folder} has no finished stage {stage}: run pipelines/{stage}.py on it first"
+            )
+        return self.state["stages"][stage]["result"]
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage has finished."""
+        return "result" in self.state["stages"].get(stage, {})
+
+
+def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> OptionsT:
+    """Options from the command line, on top of what the run folder holds, on top of the preset.
+
+    So `--help` shows the values that would be used, and a later stage needs only `--run`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    dataset, preset, folder = (_peek(argv, name) for name in ("dataset", "preset", "run"))
+    if preset is None:
+        preset = "standard" if torch.cuda.is_available() else "quick"
+    if folder is None and dataset:
+        folder = f"{_default_base()}/{Path(dataset.rstrip('/')).stem}-{preset}"
+    if folder and "://" not in folder:
+        folder = os.path.abspath(os.path.expanduser(folder))
+    stored = Run(folder).state["options"] if folder else {}
+    # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
+    default = _from_dict(
+        options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)
+    )
+    options = tyro.cli(options_class, args=argv, default=default, config=(tyro.conf.AvoidSubcommands,))
+    if not options.dataset:
+        if stored or not folder:
+            raise UserError("which data? say --dataset synthetic, another name or a path (see --help)")
+        raise UserError(f"{folder} is no run folder yet: say --dataset NAME or PATH to begin one, or another --run")
+    return dataclasses.replace(options, run=folder or options.run)
+
+
+def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> None:
+    """The command line of a stage: parse, run, and show a user's mistake as one line."""
+    try:
+        main(parse(options_class))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    except Exception as error:
+        if os.environ.get("CAE_TRACEBACK"):
+            raise
+        reason = _user_error(error)
+        if reason is None:
+            raise
+        sys.exit(f"error: {reason}")
+
+
+def _user_error(error: BaseException | None) -> str | None:
+    """The one-line reason when an error, or what caused it in a worker, is the user's to mend; else None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            return f"{error.strerror}: {error.filename or 'the run folder'}"
+        # Pillow's, torch's and our own ValueErrors look alike; ours fit one line.
+        if isinstance(error, ValueError) and "\n" not in str(error):
+            return str(error)
+        failures = getattr(error, "worker_failures", None)
+        error = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _peek(argv: list[str], name: str) -> str | None:
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _default_base() -> str:
+    # Ray unpacks a job's working folder into a place that it deletes again.
+    in_job = "runtime_resources" in os.getcwd()
+    return os.environ.get("CAE_RUNS") or (os.path.expanduser("~/cae-runs") if in_job else "runs")
+
+
+def _from_dict(cls: type, stored: dict[str, Any], preset: str) -> Any:
+    """An options object: stored values where there are any, else the preset's, else the class's own defaults."""
+    row = next((row for name, row in PRESETS.items() if name == preset), PRESETS["quick"])  # tyro names a wrong one
+    values, hints = {}, get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            base = getattr(row, field.name, None) or hints[field.name]()
+            # JSON has no tuples.
+            kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.get(field.name, {}).items()}
+            values[field.name] = dataclasses.replace(base, **kept)
+        elif field.name in stored:
+            kept = stored[field.name]
+            values[field.name] = tuple(kept) if isinstance(kept, list) else kept
+    return cls(**values)
+
+
+def flat(options: RunOptions) -> dict[str, Any]:
+    """Options as one flat table: flag name -> value."""
+    table: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(options).items():
+        if isinstance(value, dict):
+            table |= {f"{name}.{k}" if name == "classifier_config" else k: v for k, v in value.items()}
+        else:
+            table[name] = value
+    return table
+
+
+def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[str, Any]],
+              own: tuple[str, ...], needs: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
+    """Do one stage of a run, once: refuse contradicting options, note the start, work, note the result.
+
+    `own` are the option fields that decide this stage's outcome; `needs` the stages that must be done before.
+    """
+    run = Run(options.run)
+    refuse_contradictions(run, options)
+    for other in needs:
+        run.result(other)
+    if run.done(name):
+        print(f"{name:9} already done in {run.folder}", flush=True)
+        return run.state["stages"][name]["result"]
+    table = dataclasses.asdict(options)
+    run.state["options"] |= table
+    run.state |= {"versions": _versions(), "git": _git_commit()}
+    run.state["stages"][name] = {"options": {field: table[field] for field in ("seed", *own)}}
+    run.save()
+    begun = time.time()
+    with _tracked(run, options, name):
+        result = work(run, options)
+        seconds = time.time() - begun
+        log_metrics({f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)})
+    run.state["stages"][name] |= {"seconds": round(seconds, 1), "result": result}
+    run.save()
+    says = result.get("says", "done")
+    print(f"{name:9} {says}  ({seconds:.0f} s)", flush=True)
+    return result
+
+
+def refuse_contradictions(run: Run, options: RunOptions) -> None:
+    """Raise UserError when an option differs from the one that a stage of the run was begun with."""
+    table = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    for stage, state in run.state["stages"].items():
+        for field, was in state["options"].items():
+            if field in FREE or field not in table or table[field] == was:
+                continue
+            now = table[field]
+            if isinstance(was, dict):
+                field = next(k for k in was if now[k] != was[k])
+                was, now = was[field], now[field]
+            flag = "--" + field.replace("_", "-")
+            raise UserError(
+                f"{flag} {now} contradicts the stage {stage} of {run.folder}, made with {flag} {was}: "
+                f"choose another --run folder, or leave the option out"
+            )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "ray", "mlflow", "pyarrow", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def _git_commit() -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+# --- MLflow ---------------------------------------------------------------------------------------------------------
+
+
+def tracking_uri(run: Run, options: RunOptions) -> str:
+    """The tracking store: the one asked for, else an SQLite file beside the run folder."""
+    if options.tracking_uri:
+        return options.tracking_uri
+    base = "." if "://" in run.folder else str(Path(run.folder).parent)
+    return f"sqlite:///{os.path.abspath(base)}/mlflow.db"
+
+
+@contextmanager
+def _tracked(run: Run, options: RunOptions, stage: str) -> Iterator[None]:
+    """Inside, MLflow's active run is the stage's, nested in the run folder's own."""
+    uri = tracking_uri(run, options)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(options.experiment)
+    if experiment is None:
+        # SQLite keeps no files; without a place of its own they would land wherever one happens to stand.
+        place = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite") else None
+        experiment_id = client.create_experiment(options.experiment, place.as_uri() if place else None)
+    else:
+        experiment_id = experiment.experiment_id
+    tags = {"dataset": options.dataset, "preset": options.preset, "git": run.state["git"], "run_folder": run.folder}
+    parent = run.state.get("mlflow_run_id")
+    with mlflow.start_run(run_id=parent, experiment_id=experiment_id, run_name=Path(run.folder).name) as whole:
+        if parent is None:
+            run.state |= {"mlflow_run_id": whole.info.run_id, "tracking_uri": uri}
+            run.save()
+        mlflow.set_tags(tags)
+        with mlflow.start_run(
+            experiment_id=experiment_id,
+            run_name=stage,
+            nested=True,
+            log_system_metrics=True,
+            tags=tags | {"stage": stage},
+        ) as child:
+            table = flat(options)
+            mlflow.log_params(table)
+            for key, value in table.items():
+                if key not in whole.data.params:
+                    client.log_param(whole.info.run_id, key, value)
+            run.state["stages"][stage]["mlflow_run_id"] = child.info.run_id
+            yield
+
+
+def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
+    """Metrics of the active stage; those that are no curve (no step) go to the whole run too, so that runs compare."""
+    active = mlflow.active_run()
+    if active is None:  # a worker that is not rank 0
+        return
+    mlflow.log_metrics(metrics, step=step)
+    if step is None:
+        client, parent = mlflow.MlflowClient(), active.data.tags["mlflow.parentRunId"]
+        for key, value in metrics.items():
+            client.log_metric(parent, key, value)
+
+
+def log_folder(run: Run, folder: str, whole: bool = False) -> None:
+    """A folder (or file) of the run as artifacts of the active stage, or of the whole run."""
+    active = _active()
+    run_id = active.data.tags["mlflow.parentRunId"] if whole else active.info.run_id
+    client = mlflow.MlflowClient()
+    local = run.path(folder)
+    if "://" in local:
+        local = fsspec.open_local(f"simplecache::{local}")
+    if os.path.isdir(local):
+        client.log_artifacts(run_id, local, folder)
+    else:
+        client.log_artifact(run_id, local)
+
+
+def log_dataset(name: str, source: str, digest: str, **counts: int) -> None:
+    """The data set as an input of the stage and of the whole run."""
+    place = mlflow.data.http_dataset_source.HTTPDatasetSource(source)
+    dataset = mlflow.data.meta_dataset.MetaDataset(place, name=name, digest=digest)  # type: ignore[abstract]
+    mlflow.log_input(dataset, context="training")
+    mlflow.set_tags({f"images_{split}": count for split, count in counts.items()})
+
+
+def log_figure(figure: Any, name: str) -> None:
+    """A figure as an artifact of the active stage."""
+    mlflow.log_figure(figure, name)
+
+
+def read_history(run: Run, stage: str) -> dict[str, list[tuple[int, float]]]:
+    """The curves that a finished or running stage logged: metric -> (step, value)."""
+    run_id = run.state["stages"].get(stage, {}).get("mlflow_run_id")
+    if run_id is None:
+        return {}
+    client = mlflow.MlflowClient()
+    names = [name for name in client.get_run(run_id).data.metrics if name.startswith(f"{stage}/")]
+    curves = {
+        name.split("/", 1)[1]: [(m.step, m.value) for m in client.get_metric_history(run_id, name)] for name in names
+    }
+    return {name: sorted(points) for name, points in curves.items() if len(points) > 1}
+
+
+def tracking_of_stage() -> tuple[str, str]:
+    """What a worker needs for `join_tracking`: the store, and the active stage's MLflow run."""
+    return mlflow.get_tracking_uri(), _active().info.run_id
+
+
+def _active() -> mlflow.ActiveRun:
+    active = mlflow.active_run()
+    assert active is not None, "a stage works inside run_stage"
+    return active
+
+
+@contextmanager
+def join_tracking(tracking: tuple[str, str], rank: int) -> Iterator[None]:
+    """In a worker process: rank 0 logs to the stage's MLflow run that the driver opened, the others nowhere."""
+    if rank > 0:
+        yield
+        return
+    uri, run_id = tracking
+    mlflow.set_tracking_uri(uri)
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        yield

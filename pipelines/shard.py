@@ -1,0 +1,213 @@
+"""Stage shard: any source of images to Parquet shards, by Ray Data.
+
+Writes `shards/split=…/…parquet` with one row per readable image and `shards/rejected.parquet` with one row, and the
+reason, for every file that is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cae import data, images, synthetic
+from cae.data import Item
+from pipelines import run as runs
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, write_table
+from pipelines.cluster import connect
+from pipelines.run import Run, RunOptions, UserError
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),  # name in the archive and hash of the content
+        "image": pa.binary(),  # the original JPEG, or PNG
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "label": pa.int32(),  # index of class_name, null when unknown
+        "class_name": pa.string(),
+        "group": pa.string(),  # patient, where a manifest names one
+        "source": pa.string(),
+        "mask": pa.binary(),  # PNG of the truth, where it is known
+    }
+)
+REJECTED = pa.schema({"id": pa.string(), "source": pa.string(), "split": pa.string(), "reason": pa.string()})
+
+
+@dataclass(frozen=True)
+class ShardOptions(RunOptions):
+    """Which images, and how they are split."""
+
+    data_root: str = ""
+    """Folder (or s3://…) that holds the named data sets. Default: $CAE_DATA, else ./data."""
+    images: int = 1200
+    """Images to generate for the data set `synthetic`."""
+    classes: int = 2
+    """Classes of the data set `synthetic`: 2 or 4."""
+    shortcut: bool = False
+    """Plant a marker that goes with the last class into the data set `synthetic`."""
+
+
+def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
+    """Write the shards of the data set; returns classes, counts and digest."""
+    connect()
+    if options.dataset == "synthetic":
+        config = synthetic.Synthetic(options.images, runs.PRESETS[options.preset].model.image_size,
+                                     options.classes, options.shortcut, options.seed)  # fmt: skip
+        names, units, source = list(config.class_names), _ranges(options.images), "synthetic"
+        arguments: dict[str, Any] = {"config": config}
+    else:
+        source = data.locate(options.dataset, options.data_root or None)
+        items = None if source.endswith(".npz") else data.list_images(source)
+        names = sorted({i.label for i in items or [i for i, _ in data.read_npz(source)] if i.label is not None})
+        present = {item.split for item in items or []}
+        units = [{"npz": source, "part": "npz.parquet", "rows": 0}] if items is None else _chunks(items)
+        arguments = {"names": names, "present": present, "label_free": bool(getattr(options, "classifier", ""))}
+    _start_over_if_changed(run, units)
+    bulk(run, options, "shard", units, ShardWorker, "shards/_parts", **arguments)
+
+    rejected = pa.concat_tables([_read(run, part) for part in list_parts(run, "shards/_parts")])
+    write_table(run, "shards/rejected.parquet", rejected.sort_by("id"))
+    accepted = [part for part in list_parts(run, "shards") if part.startswith("split=")]
+    if not accepted:
+        why = f", the first because: {rejected['reason'][0]}" if len(rejected) else ""
+        raise UserError(f"none of the {len(rejected)} files in {source} is a readable image{why}")
+    index = read_index(run)
+    rows = index.to_pylist()
+    if not getattr(options, "classifier", ""):
+        data.check_classes([Item("", r["id"], r["split"], r["class_name"], None) for r in rows])
+    counts = dict(Counter(row["split"] for row in rows))
+    digest = hashlib.sha256("\n".join(sorted(index["id"].to_pylist())).encode()).hexdigest()[:16]
+    runs.log_dataset(options.dataset, source, digest, **counts)
+    if len(rejected):
+        runs.log_folder(run, "shards/rejected.parquet")
+    return {
+        "says": f"{len(rows):,} images ({', '.join(f'{s} {n:,}' for s, n in sorted(counts.items()))}), "
+        f"{len(names)} classes, {len(rejected)} rejected",
+        "classes": names, "counts": counts, "rejected": len(rejected), "digest": digest, "source": source,
+    }  # fmt: skip
+
+
+def read_index(run: Run) -> pa.Table:
+    """id, split, label, class_name, group of every sharded image, sorted by id."""
+    tables = []
+    for part in list_parts(run, "shards"):
+        if part.startswith("split="):
+            table = _read(run, part, ["id", "label", "class_name", "group"])
+            split = part.split("/")[0].removeprefix("split=")
+            tables.append(table.append_column("split", pa.array([split] * len(table), pa.string())))
+    return pa.concat_tables(tables).sort_by("id")
+
+
+def _read(run: Run, part: str, columns: list[str] | None = None) -> pa.Table:
+    folder = "shards" if part.startswith("split=") else "shards/_parts"
+    with run.fs.open(run.path(folder, part)) as file:
+        return pq.ParquetFile(file).read(columns)
+
+
+def _chunks(items: list[Item]) -> list[Unit]:
+    units = []
+    for start in range(0, len(items), UNIT_ROWS):
+        chunk = items[start : start + UNIT_ROWS]
+        units.append({"items": [vars(item) for item in chunk], "part": f"{start // UNIT_ROWS:06d}.parquet",
+                      "rows": len(chunk)})  # fmt: skip
+    return units
+
+
+def _ranges(count: int) -> list[Unit]:
+    return [
+        {"start": start, "stop": min(start + UNIT_ROWS, count), "part": f"{start // UNIT_ROWS:06d}.parquet",
+         "rows": min(UNIT_ROWS, count - start)}
+        for start in range(0, count, UNIT_ROWS)
+    ]  # fmt: skip
+
+
+def _start_over_if_changed(run: Run, units: list[Unit]) -> None:
+    """Drop what an interrupted call left behind when the source has changed since: its parts no longer fit."""
+    listing = hashlib.sha256(repr(units).encode()).hexdigest()[:16]
+    if run.state.get("listing") != listing and run.fs.exists(run.path("shards")):
+        run.fs.rm(run.path("shards"), recursive=True)
+    run.state["listing"] = listing
+    run.save()
+
+
+class ShardWorker:
+    """Reads the images of a unit and writes their shards; returns the rejected ones."""
+
+    def __init__(self, run: Run, config: synthetic.Synthetic | None = None, names: list[str] | None = None,
+                 present: set[str | None] | None = None, label_free: bool = False) -> None:  # fmt: skip
+        self.run = run
+        self.config = config
+        self.names = list(config.class_names) if config else names or []
+        self.present = present or set()
+        self.label_free = label_free
+
+    def __call__(self, unit: Unit) -> pa.Table:
+        good: dict[str, list[dict[str, Any]]] = {}
+        bad = []
+        part = unit["part"].removesuffix(".parquet")
+        written: Counter[str] = Counter()
+
+        def flush(split: str) -> None:
+            rows = pa.Table.from_pylist(good.pop(split), SCHEMA)
+            write_table(self.run, f"shards/split={split}/{part}-{written[split]:04d}.parquet", rows)
+            written[split] += 1
+
+        for item, content, mask in self._read(unit):
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            # Exact duplicates go to the same split when nothing else ties them together.
+            tied = item if item.group is not None else Item(item.path, item.name, item.split, item.label, digest)
+            split = data.split_of(tied, self.present, self.label_free)
+            try:
+                picture = images.load(content)
+            except images.UnreadableImage as error:
+                bad.append({"id": f"{item.name}#{digest}", "source": item.path, "split": split, "reason": str(error)})
+                continue
+            # A JPEG stays as it is; anything else becomes a PNG that any reader opens.
+            image = content if content[:2] == b"\xff\xd8" else images.encode_png(images.np.asarray(picture))
+            good.setdefault(split, []).append({
+                "id": f"{item.name}#{digest}", "image": image, "height": picture.height, "width": picture.width,
+                "label": None if item.label is None else self.names.index(item.label), "class_name": item.label,
+                "group": item.group, "source": item.path, "mask": mask,
+            })  # fmt: skip
+            if len(good[split]) == UNIT_ROWS:
+                flush(split)
+        for split in sorted(good):
+            flush(split)
+        return pa.Table.from_pylist(bad, REJECTED)
+
+    def _read(self, unit: Unit) -> Iterator[tuple[Item, bytes, bytes | None]]:
+        """Item, encoded image and encoded mask of each image of the unit."""
+        if self.config is not None:
+            for index in range(unit["start"], unit["stop"]):
+                sample = synthetic.draw(self.config, index)
+                item = Item("synthetic", f"{index:07d}", sample.split, self.names[sample.label], None)
+                yield item, images.encode_png(sample.image), images.encode_png(sample.mask.astype("uint8") * 255)
+        elif "npz" in unit:
+            for item, array in data.read_npz(unit["npz"]):
+                yield item, images.encode_png(array), None
+        else:
+            for fields in unit["items"]:
+                item = Item(**fields)
+                try:
+                    with fsspec.open(item.path, "rb") as file:
+                        yield item, file.read(), None
+                except OSError:
+                    yield item, b"", None  # no image either way; the row says so
+
+
+OWN = ("dataset", "preset", "data_root", "images", "classes", "shortcut")
+
+
+def main(options: ShardOptions) -> dict[str, Any]:
+    """Run the stage on a run folder."""
+    return runs.run_stage("shard", options, shard, OWN)
+
+
+if __name__ == "__main__":
+    runs.command(ShardOptions, main)

@@ -1,0 +1,178 @@
+"""Stage train: the class association embedding, by Ray Train (DDP). Writes `cae/`; resumes from `checkpoints/train`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import ray.train
+import torch
+import tyro
+from ray.train.torch import get_device, prepare_model
+from torch import Tensor
+
+from cae import classifiers, figures, training
+from cae.config import LossWeights, ModelConfig, TrainConfig
+from cae.explain import swap
+from cae.images import to_array, to_tensor
+from cae.networks import CAE, Discriminator
+from pipelines import run as runs
+from pipelines.bulk import read_images, read_table
+from pipelines.classify import ClassifyOptions
+from pipelines.cluster import connect, fit_torch, last_checkpoint, place, report
+from pipelines.run import Run, UserError
+
+PREVIEWS = 10  # looks at held-out swaps, and checkpoints, over a training
+WATCHED = 96  # held-out images whose swaps are watched
+
+
+@dataclass(frozen=True)
+class TrainOptions(ClassifyOptions):
+    """The class association embedding and its training."""
+
+    labels: Literal["predicted", "truth"] = "predicted"
+    """What the pairs' classes are: the classifier's predictions, or the data's labels (which explains the data, not
+    the classifier)."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=TrainConfig)
+    weights: Annotated[LossWeights, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=LossWeights)
+
+
+def train(run: Run, options: TrainOptions) -> dict[str, Any]:
+    """Train the CAE on the train split and save it in `cae/`; returns its last figures on held-out swaps."""
+    connect()
+    chosen = run.result("classify")
+    table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
+    table["y"] = table.predicted if options.labels == "predicted" else table.label
+    table = table.dropna(subset=["y"])
+    known = table[table.split == "train"]
+    if known.y.nunique() < 2:
+        raise UserError(
+            f"the classifier gives all {len(known)} training images the same class, so there is nothing to explain: "
+            "give more data, or train it longer (--resnet.epochs)"
+        )
+    pairs = training.draw_pairs(known.y.to_numpy(np.int64), options.train, options.seed)
+    used, position = np.unique(pairs.index, return_inverse=True)  # only the images that some pair names are read
+    held_out = table[table.split == ("val" if (table.split == "val").any() else "train")]
+    watched = held_out.sample(min(WATCHED, len(held_out)), random_state=options.seed)
+    result = fit_torch(run, options, "train", _train_loop, {
+        "folder": run.folder, "spec": chosen["spec"], "names": tuple(chosen["classes"]), "fit": options.fit,
+        "model": asdict(options.model), "train": asdict(options.train), "weights": asdict(options.weights),
+        "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
+        "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
+        "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
+    })  # fmt: skip
+    runs.log_folder(run, "cae")
+    return {"says": f"{len(pairs.index):,} pairs, held-out swap success {result['train/swap_success']:.3f}", **result}
+
+
+def _train_loop(config: dict[str, Any]) -> dict[str, float]:
+    torch.set_num_threads(config["threads"])
+    context, device = ray.train.get_context(), get_device()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    run, names = Run(config["folder"]), config["names"]
+    options = TrainConfig(**config["train"])
+    model = ModelConfig(**config["model"])
+    index, flip = config["index"], config["flip"]
+    steps = len(index) // options.batch
+    if options.batch % world:
+        raise UserError(f"--batch {options.batch} does not divide among {world} workers: choose a multiple")
+    images = read_images(run, config["ids"], model.image_size, config["fit"])
+    labels = torch.from_numpy(config["labels"])
+
+    torch.manual_seed(config["seed"])
+    blackbox = place(classifiers.load(config["spec"], names), device)
+    trainer = training.Trainer(
+        place(CAE(model), device), place(Discriminator(model, len(names)), device), options,
+        LossWeights(**config["weights"]), steps, blackbox, wrap=lambda module: prepare_model(module, move_to_device=False), bf16=device.type == "cuda",
+    )  # fmt: skip
+    state = last_checkpoint(device)
+    if state is not None:
+        trainer.load_state_dict(state)
+        if rank == 0:
+            print(f"train     goes on at pair {trainer.step_count * options.batch:,}", flush=True)
+    watched = read_images(run, config["watched_ids"], model.image_size, config["fit"]) if rank == 0 else None
+
+    every = max(1, math.ceil(steps / PREVIEWS))
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    since, first, begun, told = 0, trainer.step_count, time.time(), time.time()
+    with runs.join_tracking(config["tracking"], rank):
+        while trainer.step_count < steps:
+            step = trainer.step_count
+            mine = slice(step * options.batch + rank, (step + 1) * options.batch, world)
+            members = index[mine].T.reshape(-1)  # first members, then second ones
+            batch = images[members]
+            mirrored = flip[mine].T.reshape(-1)
+            batch[mirrored] = batch[mirrored, :, ::-1]
+            torch.manual_seed(config["seed"] + step)  # dropout: the same after a resume
+            terms = trainer.step(to_tensor(batch, device), labels[members].to(device))
+            for name, term in terms.items():
+                sums[name] += term
+            since += 1
+            finished = trainer.step_count == steps
+            if rank == 0 and (since == 50 or finished):
+                means = {f"train/{name}": float(total) / since for name, total in sums.items()}
+                bad = [name for name, value in means.items() if not math.isfinite(value)]
+                if bad:
+                    raise FloatingPointError(f"{', '.join(bad)} is not finite: lower --lr")
+                pairs = trainer.step_count * options.batch
+                rate = (trainer.step_count - first) * options.batch / (time.time() - begun)
+                left = (steps - trainer.step_count) * options.batch / rate / 60
+                runs.log_metrics(means | {"train/pairs_per_second": rate, "train/minutes_left": left}, step=pairs)
+                if time.time() - told > 15 or finished:
+                    told = time.time()
+                    told_terms = f"recon_x {means['train/recon_x']:.3f}  cla1 {means['train/cla1']:.2f}"
+                    progress = f"{pairs:,}/{len(index):,} pairs  {rate:.1f}/s  {left:.1f} min left"
+                    print(f"train     {progress}  {told_terms}", flush=True)
+                sums.clear()
+                since = 0
+            if trainer.step_count % every == 0 and not finished:
+                if watched is not None:
+                    _preview(trainer, blackbox, watched, config["watched_labels"], names, device)
+                report(trainer.state_dict() if rank == 0 else None)
+        if watched is None:
+            return {}
+        last = _preview(trainer, blackbox, watched, config["watched_labels"], names, device)
+    training.save(run.path("cae"), trainer.best, names, train=config["train"], weights=config["weights"])
+    return last
+
+
+@torch.no_grad()
+def _preview(trainer: training.Trainer, blackbox: classifiers.BlackBox, images: np.ndarray, y: np.ndarray,
+             names: tuple[str, ...], device: torch.device) -> dict[str, float]:  # fmt: skip
+    """Log reconstructions and swaps of held-out images, and the share of swaps that the classifier believes."""
+    cae = trainer.best
+    x = to_tensor(images, device)
+    rng = np.random.default_rng(0)
+    donors = np.array([rng.choice(np.flatnonzero(y != mine)) for mine in y]) if len(set(y)) > 1 else np.arange(len(y))
+    reconstruction, swapped = swap(cae, x, x[donors])
+    p = blackbox.probabilities(swapped).cpu().numpy()
+    target = y[donors]
+    captions = [f"{names[y[i]]} → {names[target[i]]}\np={p[i, target[i]]:.2f}" for i in range(8)]
+    figure = figures.swaps(
+        images[:8], to_array(reconstruction[:8]), to_array(swapped[:8]), images[donors[:8]], captions
+    )
+    pairs = trainer.step_count * trainer.config.batch
+    runs.log_figure(figure, f"swaps/{pairs:08d}.png")
+    metrics = {
+        "train/swap_success": float((p.argmax(1) == target).mean()),
+        "train/val_recon_x": float((reconstruction - x).abs().mean()),
+    }
+    runs.log_metrics(metrics, step=pairs)
+    print(f"train     held-out swap success {metrics['train/swap_success']:.3f}", flush=True)
+    return metrics
+
+
+OWN = ("labels", "train", "weights", "model")
+
+
+def main(options: TrainOptions) -> dict[str, Any]:
+    """Run the stage on a run folder."""
+    return runs.run_stage("train", options, train, OWN, needs=("shard", "classify"))
+
+
+if __name__ == "__main__":
+    runs.command(TrainOptions, main)

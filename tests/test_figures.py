@@ -1,0 +1,429 @@
+"""Pictures and the report: what is drawn is what was given."""
+
+from __future__ import annotations
+
+import base64
+import io
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from cae import figures
+from cae.images import encode_png
+from cae.report import Section, cell, render
+
+SIZE = 12
+
+
+def colour_images(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+
+
+def grey_images(count: int, seed: int = 0) -> np.ndarray:
+    return colour_images(count, seed)[..., :1].repeat(3, -1)
+
+
+def shown(fig: Figure) -> list[np.ndarray]:
+    """The arrays of all images in the figure, in drawing order."""
+    return [np.asarray(image.get_array()) for ax in fig.axes for image in ax.images]
+
+
+def words(fig: Figure) -> list[str]:
+    return [text.get_text() for text in fig.findobj(Text) if text.get_visible() and text.get_text()]
+
+
+def png(fig: Figure) -> bytes:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=40)
+    return buffer.getvalue()
+
+
+def slow_overlay(image: np.ndarray, heat: np.ndarray, alpha: float) -> np.ndarray:
+    ordered = np.sort(heat.ravel())
+
+    def percentile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        below = int(place)
+        above = min(below + 1, len(ordered) - 1)
+        return float(ordered[below] + (ordered[above] - ordered[below]) * (place - below))
+
+    low, high = percentile(0.005), percentile(0.995)
+    out = image.copy()
+    for y in range(heat.shape[0]):
+        for x in range(heat.shape[1]):
+            level = min(1.0, max(0.0, (heat[y, x] - low) / (high - low)))
+            opacity = alpha * level**1.5
+            for channel, colour in enumerate(matplotlib.colormaps["inferno"](0.33 + 0.67 * level)[:3]):
+                out[y, x, channel] = round(float(image[y, x, channel]) * (1 - opacity) + 255 * colour * opacity)
+    return out
+
+
+def test_overlay_is_its_definition() -> None:
+    heat = np.random.default_rng(1).normal(size=(SIZE, SIZE))
+    image = colour_images(1)[0]
+    np.testing.assert_array_equal(figures.overlay(image, heat, 0.6), slow_overlay(image, heat, 0.6))
+    # The scale of a map carries no meaning.
+    np.testing.assert_array_equal(figures.overlay(image, heat), figures.overlay(image, 1e-6 * heat + 3))
+
+
+@pytest.mark.parametrize("value", [0.0, -2.5, 1e30, np.nan, np.inf])
+def test_overlay_of_a_constant_map_is_the_image(value: float) -> None:
+    image = colour_images(1)[0]
+    result = figures.overlay(image, np.full((SIZE, SIZE), value))
+    np.testing.assert_array_equal(result, image)
+    assert not np.shares_memory(result, image)
+
+
+def test_overlay_shows_one_pixel_and_leaves_the_others() -> None:
+    image = np.full((40, 40, 3), 90, np.uint8)
+    heat = np.zeros((40, 40), np.float16)
+    heat[3, 5] = 1
+    result = figures.overlay(image, heat, alpha=1)
+    assert to_hex(result[3, 5] / 255) == to_hex(matplotlib.colormaps["inferno"](1.0))
+    result[3, 5] = 90
+    np.testing.assert_array_equal(result, image)
+
+
+def test_overlay_ignores_what_is_not_finite() -> None:
+    image, heat = colour_images(1)[0], np.random.default_rng(1).random((SIZE, SIZE))
+    heat[0, 0], heat[0, 1] = np.nan, -np.inf
+    result = figures.overlay(image, heat)
+    np.testing.assert_array_equal(result[0, :2], image[0, :2])
+    assert (result[1:] != image[1:]).any()
+
+
+def test_overlay_refuses_wrong_shapes() -> None:
+    with pytest.raises(ValueError, match=r"map \(5, 5\)"):
+        figures.overlay(colour_images(1)[0], np.zeros((5, 5)))
+    with pytest.raises(ValueError, match="uint8"):
+        figures.overlay(np.zeros((5, 5, 3)), np.zeros((5, 5)))
+
+
+def test_swaps_show_the_arrays_row_by_row() -> None:
+    a, b, c, d = arrays = [colour_images(3, seed) for seed in range(4)]
+    fig = figures.swaps(a, b, c, d, ["A → B\np = 0.97", "B → A\np = 0.12", "costs $5 and $6"])
+    assert len(fig.axes) == 12
+    for drawn, given in zip(shown(fig), np.concatenate(arrays), strict=True):
+        np.testing.assert_array_equal(drawn, given)
+    assert {"original", "reconstruction", "class donor", "A → B\np = 0.97", "costs $5 and $6"} <= set(words(fig))
+    assert Image.open(io.BytesIO(png(fig))).width > 100
+
+
+def test_what_is_generated_from_grey_images_is_drawn_in_grey() -> None:
+    originals, tinted = grey_images(2), colour_images(2)
+    drawn = shown(figures.swaps(originals, tinted, tinted, originals, ["", ""]))
+    np.testing.assert_array_equal(drawn[0], originals[0, ..., 0])
+    np.testing.assert_allclose(drawn[2], tinted[0].mean(-1))
+    assert all(array.ndim == 2 for array in drawn)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "captions", "message"),
+    [
+        ([colour_images(2)] * 4, ["one"], "1 captions for 2 images"),
+        ([colour_images(2)] * 3 + [colour_images(1)], ["", ""], "class donor"),
+        ([colour_images(2)] * 3 + [colour_images(2) / 255], ["", ""], "uint8"),
+        ([colour_images(0)] * 4, [], "N > 0"),
+    ],
+)
+def test_swaps_refuse_what_does_not_fit(arrays: list[np.ndarray], captions: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        figures.swaps(arrays[0], arrays[1], arrays[2], arrays[3], captions)
+    assert "\n" not in str(error.value)
+
+
+def test_path_strips_pick_frames_evenly_and_print_their_probabilities() -> None:
+    rng = np.random.default_rng(2)
+    lengths = (17, 4, 1)
+    frames = [colour_images(length, seed) for seed, length in enumerate(lengths)]
+    probabilities = [np.round(np.linspace(0.011, 0.987, length), 3) for length in lengths]
+    originals, maps = colour_images(3, 9), rng.random((3, SIZE, SIZE)).astype(np.float16)
+    fig = figures.path_strips(frames, probabilities, originals, maps, ["a", "b", "c"])
+    chosen = [list(range(0, 17, 2)), [0, 1, 2, 3], [0]]
+    expected = []
+    for row, picks in enumerate(chosen):
+        overlaid = figures.overlay(originals[row], maps[row])
+        expected += [originals[row], *frames[row][picks], maps[row], overlaid]
+    drawn = shown(fig)
+    assert len(drawn) == len(expected)
+    for ours, given in zip(drawn, expected, strict=True):
+        np.testing.assert_array_equal(ours, given)
+    printed = [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()]
+    assert printed == [f"{probabilities[row][k]:.2f}" for row, picks in enumerate(chosen) for k in picks]
+    bars = [ax.patches[-1].get_window_extent().width / ax.bbox.width for ax in fig.axes if ax.get_xlabel()]
+    np.testing.assert_allclose(bars, [probabilities[row][k] for row, picks in enumerate(chosen) for k in picks])
+    png(fig)
+
+
+def test_path_strips_name_the_row_that_does_not_fit() -> None:
+    originals, maps = colour_images(2), np.zeros((2, SIZE, SIZE))
+    frames = [colour_images(3), colour_images(3)]
+    with pytest.raises(ValueError, match="image 1 has 3 frames and 2 probabilities"):
+        figures.path_strips(frames, [np.zeros(3), np.zeros(2)], originals, maps, ["", ""])
+    with pytest.raises(ValueError, match="1 paths"):
+        figures.path_strips(frames[:1], [np.zeros(3)] * 2, originals, maps, ["", ""])
+
+
+def test_maps_by_method_lays_each_map_on_its_image() -> None:
+    images = grey_images(2)
+    maps = {name: np.random.default_rng(k).random((2, SIZE, SIZE)) for k, name in enumerate(("CAE path", "LIME"))}
+    fig = figures.maps_by_method(images, maps, ["first", "second"])
+    drawn = shown(fig)
+    assert len(drawn) == 6
+    np.testing.assert_array_equal(drawn[0], images[0, ..., 0])
+    np.testing.assert_array_equal(drawn[5], figures.overlay(images[1], maps["LIME"][1]))
+    assert [ax.get_title() for ax in fig.axes if ax.get_title()] == ["image", "CAE path", "LIME"]
+    with pytest.raises(ValueError, match="LIME"):
+        figures.maps_by_method(images, {"LIME": maps["LIME"][:1]}, ["first", "second"])
+
+
+def test_swap_grid_puts_class_codes_in_rows_and_individual_codes_in_columns() -> None:
+    originals, donors = colour_images(3, 1), colour_images(2, 2)
+    combinations = np.stack([colour_images(3, 3), colour_images(3, 4)])
+    p = np.array([[0.11, 0.12, 0.13], [0.21, 0.22, 0.23]])
+    fig = figures.swap_grid(originals, donors, combinations, ["A", "B"], p)
+    drawn = shown(fig)
+    expected = [*originals, donors[0], *combinations[0], donors[1], *combinations[1]]
+    for ours, given in zip(drawn, expected, strict=True):
+        np.testing.assert_array_equal(ours, given)
+    assert [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()] == [f"{value:.2f}" for value in p.ravel()]
+    assert len(shown(figures.swap_grid(originals, donors, combinations))) == len(drawn)
+    with pytest.raises(ValueError, match="combinations"):
+        figures.swap_grid(originals, donors, combinations.swapaxes(0, 1))
+
+
+def test_manifold_separates_splits_shares_limits_and_counts_classes() -> None:
+    rng = np.random.default_rng(0)
+    points = {"PCA": rng.normal(size=(300, 2)), "t-SNE": 50 * rng.normal(size=(300, 2))}
+    labels, splits = rng.integers(-1, 2, 300), rng.choice(["test", "train"], 300)
+    fig = figures.manifold(points, labels, ["_odd", "PNEUMONIA"], splits)
+    assert [ax.get_title() for ax in fig.axes[:2]] == [f"{s} (n = {(splits == s).sum()})" for s in ("train", "test")]
+    for row, name in enumerate(points):
+        train, test = fig.axes[2 * row : 2 * row + 2]
+        assert train.get_xlim() == test.get_xlim() and train.get_ylim() == test.get_ylim()
+        for ax, split in ((train, "train"), (test, "test")):
+            offsets = np.asarray(ax.collections[0].get_offsets())
+            here = points[name][splits == split]
+            np.testing.assert_array_equal(offsets[np.lexsort(offsets.T)], here[np.lexsort(here.T)])
+            # Every point has the colour of its class.
+            colours = np.asarray(ax.collections[0].get_facecolor())[:, :3]
+            colour = dict(zip(map(tuple, offsets), colours, strict=True))
+            for point, label in zip(here, labels[splits == split], strict=True):
+                expected = (*figures.COLOURS[:2], "#b8bec8")[label]
+                np.testing.assert_allclose(colour[tuple(point)], to_rgb(expected))
+    legend = fig.axes[3].get_legend()
+    assert legend is not None
+    count = [int(((labels == k) & (splits == "test")).sum()) for k in (0, 1, -1)]
+    entries = [text.get_text() for text in legend.get_texts()]
+    assert entries == [f"_odd ({count[0]})", f"PNEUMONIA ({count[1]})", f"unknown ({count[2]})"]
+    png(fig)
+
+
+def test_manifold_draws_three_splits_at_most_and_many_classes() -> None:
+    points = np.zeros((40, 2))
+    splits = np.array(["train", "val", "test", "more"] * 10)
+    fig = figures.manifold({"PCA": points}, np.arange(40) % 12, [f"c{k}" for k in range(12)], splits)
+    assert [ax.get_title().split()[0] for ax in fig.axes] == ["train", "val", "test"]
+    with pytest.raises(ValueError, match="label 11 has no name"):
+        figures.manifold({"PCA": points}, np.arange(40) % 12, ["a"], splits)
+    with pytest.raises(ValueError, match="do not match"):
+        figures.manifold({"PCA": points[1:]}, np.zeros(40, int), ["a"], splits)
+
+
+def test_perturbation_curves_tell_methods_from_controls() -> None:
+    covered = np.linspace(0.01, 0.3, 20)
+    slopes = {"random map": 0.1, "LIME": 0.5, "CAE path": 2.0, "Edge (Sobel)": 0.3}
+    curves = {name: slope * covered for name, slope in slopes.items()}
+    bands = {"CAE path": np.stack([curves["CAE path"] - 0.1, curves["CAE path"] + 0.1])}
+    fig = figures.perturbation_curves(curves, covered, bands, "title")
+    (ax,) = fig.axes
+    legend = ax.get_legend()
+    assert legend is not None
+    entries = [text.get_text() for text in legend.get_texts()]
+    assert entries == [f"{np.mean(curves[n]):+.3f}   {n}" for n in ("CAE path", "LIME", "Edge (Sobel)", "random map")]
+    lines = {float(np.max(line.get_ydata())): line for line in ax.lines[: len(curves)]}
+    line = {name: lines[float(curve.max())] for name, curve in curves.items()}
+    for name, curve in curves.items():
+        np.testing.assert_array_equal(line[name].get_ydata(), curve)
+        np.testing.assert_array_equal(line[name].get_xdata(), covered)
+        control = name in ("random map", "Edge (Sobel)")
+        assert (line[name].get_linestyle() != "-") == control
+        assert (np.ptp(to_rgb(line[name].get_color())) < 0.1) == control
+    assert all(line["CAE path"].get_linewidth() > line[name].get_linewidth() for name in curves if name != "CAE path")
+    assert len(ax.collections) == 1
+    with pytest.raises(ValueError, match="shape"):
+        figures.perturbation_curves({"LIME": covered[1:]}, covered)
+
+
+def test_training_curves_draw_a_moving_mean_of_every_term() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random(200)
+    history = {
+        "recon_x": [(10 * k, float(value)) for k, value in enumerate(values)],
+        "adv1": [(0, 1.0), (10, float("nan")), (20, 3.0)],
+        "lost": [(0, float("nan"))],
+        "fast": [(k, 10.0 ** -(k / 10)) for k in range(60)],
+        "one": [(5, 0.25)],
+    }
+    fig = figures.training_curves(history)
+    axes = [ax for ax in fig.axes if ax.get_visible()]
+    assert [ax.get_title().split()[0] for ax in axes] == list(history)
+    raw, mean = axes[0].lines
+    np.testing.assert_array_equal(raw.get_ydata(), values)
+    slow = [values[max(0, k - 5) : k + 6].mean() for k in range(200)]
+    np.testing.assert_allclose(np.asarray(mean.get_ydata(), float), slow)
+    assert axes[0].get_title().endswith(f"{slow[-1]:.3g}")
+    assert list(np.asarray(axes[1].lines[0].get_xdata())) == [0, 20]
+    assert axes[2].get_title() == "lost   never finite"
+    assert [ax.get_yscale() for ax in axes] == ["linear", "linear", "linear", "log", "linear"]
+    png(fig)
+    with pytest.raises(ValueError, match="empty"):
+        figures.training_curves({"recon_x": []})
+
+
+def test_confusion_prints_counts_and_shares_of_the_row() -> None:
+    fig = figures.confusion(np.array([[1200, 300], [0, 0]]), ["A", "B"], "Swaps", "donor", "given")
+    (ax,) = fig.axes
+    np.testing.assert_allclose(shown(fig)[0], np.array([[0.8, 0.2], [0, 0]]))
+    assert [text.get_text() for text in ax.texts] == ["1,200\n80.0%", "300\n20.0%", "0\n0.0%", "0\n0.0%"]
+    assert ax.get_title() == "Swaps\n1,200 of 1,500 on the diagonal (80.0%)"
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("donor", "given")
+    figures.confusion(np.zeros((1, 1), int), ["A"], "none")
+    with pytest.raises(ValueError, match="3 class names"):
+        figures.confusion(np.zeros((2, 2), int), ["A", "B", "C"], "t")
+
+
+def test_threads_draw_the_same_pictures_as_one() -> None:
+    def draw(seed: int) -> bytes:
+        images = colour_images(2, seed)
+        return png(figures.swaps(images, images, images, images, [f"seed {seed}", ""]))
+
+    alone = [draw(seed) for seed in range(4)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(draw, range(4))) == alone
+
+
+def test_pyplot_stays_out() -> None:
+    code = (
+        "import sys, cae.figures, cae.report; sys.exit('matplotlib.pyplot' in sys.modules or 'pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+class Page(HTMLParser):
+    """What a browser would find in the page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.data: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.data.append(data)
+
+    def all(self, name: str) -> list[dict[str, str]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+EVIL = "<script>alert('1')</script>\" & co"
+
+
+def evil_page() -> tuple[str, bytes]:
+    picture = encode_png(colour_images(1)[0])
+    fig = figures.confusion(np.eye(2, dtype=int), ["A", "B"], "t")
+    sections = [
+        Section(
+            f"First {EVIL}",
+            f"A paragraph {EVIL}\ngoes on.\n\nSee https://example.org/a?b=1&c=2.\n- one\n- two {EVIL}",
+            [(f"Picture {EVIL}", picture), ("Figure", fig)],
+            [(f"Table {EVIL}", ["name", EVIL], [[EVIL, 0.12345], ["b", None]])],
+        ),
+        Section("Second"),
+    ]
+    return render(f"Title {EVIL}", [(EVIL, EVIL)], sections, {EVIL: EVIL, "train": {"lr": 4e-4}}), picture
+
+
+def test_report_is_one_page_that_asks_for_nothing() -> None:
+    text, picture = evil_page()
+    page = Page(text)
+    assert page.open == []
+    allowed = {"html", "head", "meta", "link", "title", "style", "body", "header", "nav", "main", "section", "figure"}
+    allowed |= {"h1", "h2", "dl", "dt", "dd", "div", "ol", "ul", "li", "a", "p", "img", "figcaption"}
+    allowed |= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+    assert {tag for tag, _ in page.tags} <= allowed
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            value = attributes.get(name, "data:")
+            assert value.startswith("data:") or (tag == "a" and value.startswith(("#", "https://example.org/")))
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style and "http" not in style
+    first, second = page.all("img")
+    assert base64.b64decode(first["src"].removeprefix("data:image/png;base64,")) == picture
+    assert (first["width"], first["height"]) == (str(SIZE), str(SIZE))
+    # A figure is shown in the size it was drawn for.
+    assert abs(int(second["width"]) - 96 * 4.6) <= 1
+
+
+def test_report_escapes_everything_and_loses_nothing() -> None:
+    text, _ = evil_page()
+    assert "<script" not in text.lower()
+    page = Page(text)
+    seen = "\n".join(page.data)
+    for part in ("Title", "First", "Picture", "Table"):
+        assert f"{part} {EVIL}" in seen
+    # Page title and section title twice each, both texts of the tile, paragraph, list item, caption of the picture,
+    # caption, header and cell of the table, name and value of the option.
+    assert seen.count(EVIL) == 2 + 2 + 2 + 1 + 1 + 1 + 3 + 2
+    assert page.all("img")[0]["alt"] == f"Picture {EVIL}"
+    links = [a["href"] for a in page.all("a")]
+    assert "https://example.org/a?b=1&c=2" in links
+    targets = {section["id"] for section in page.all("section")}
+    assert {link[1:] for link in links if link.startswith("#")} == targets and len(targets) == 3
+    assert {"0.123", "\N{EN DASH}", "train.lr", "0.0004", "one"} <= set(page.data)
+
+
+def test_report_without_anything_is_still_a_page() -> None:
+    page = Page(render("Empty", [], [], {}))
+    assert page.open == [] and "Empty" in page.data
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (7, "7"), (np.int64(13883), "13,883"), (True, "yes"), (np.bool_(False), "no"), (0.0, "0.000"),
+        (0.95349, "0.953"), (np.float32(0.5), "0.500"), (-0.25, "-0.250"), (0.00123456, "0.00123"), (12.3456, "12.346"),
+        (123.456, "123.5"), (54321.9, "54,322"), (float("nan"), "\N{EN DASH}"), (float("inf"), "∞"),
+        ((0.1, 0.25), "0.100, 0.250"), ("a<b", "a&lt;b"),
+    ],
+)  # fmt: skip
+def test_cells(value: object, text: str) -> None:
+    assert cell(value) == text
+
+
+def test_report_names_the_mistake() -> None:
+    with pytest.raises(ValueError, match="row 2 of table 'T' has 1 cells, the header 2"):
+        render("t", [], [Section("s", tables=[("T", ["a", "b"], [[1, 2], [3]])])], {})
+    for wrong in (b"no picture", b"", "text"):
+        with pytest.raises(ValueError, match="figure 'F' is neither a Figure nor PNG bytes"):
+            render("t", [], [Section("s", figures=[("F", wrong)])], {})  # type: ignore[list-item]

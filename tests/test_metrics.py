@@ -1,0 +1,436 @@
+"""The fast metrics against slow, obvious definitions, and a toy classifier whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor, nn
+
+from cae import metrics
+from cae.peers import controls
+
+torch.set_num_threads(1)
+BLOCK = (slice(4, 12), slice(14, 22))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def block_classifier(images: Tensor) -> Tensor:
+    """Class 0 if the block is bright; the rest of the image does not matter."""
+    bright = images[:, :, *BLOCK].mean((1, 2, 3))
+    return torch.stack((8 * bright, torch.zeros_like(bright)), dim=1)
+
+
+def conv_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).eval()
+
+
+# --- rankings
+
+
+def slow_centres(values: np.ndarray, count: int, patch: int, disjoint: bool, tie_order: list[int]) -> list[list[int]]:
+    """Pixel after pixel from the most important, painting patches on a canvas; `tie_order` settles equal values."""
+    height, width = values.shape
+    place = {pixel: position for position, pixel in enumerate(tie_order)}
+    pixels = sorted(range(height * width), key=lambda pixel: (-values.flat[pixel], place[pixel]))
+    canvas, reach = np.zeros((height, width), bool), patch // 2
+    taken: list[list[int]] = []
+    for row, col in (divmod(pixel, width) for pixel in pixels):
+        square = canvas[max(0, row - reach) : row + reach + 1, max(0, col - reach) : col + reach + 1]
+        if len(taken) < count and not (disjoint and square.any()):
+            square[:] = True
+            taken.append([row, col])
+    return taken + [[-1, -1]] * (count - len(taken))
+
+
+def tie_order(height: int, width: int, seed: int) -> list[int]:
+    """The order in which equal pixels are taken, read off a constant map."""
+    order = metrics.rank_centres(torch.zeros(1, height, width), height * width, 1, disjoint=False, seed=seed)[0]
+    return (order[:, 0] * width + order[:, 1]).tolist()
+
+
+@pytest.mark.parametrize(("disjoint", "patch", "seed"), itertools.product((False, True), (1, 3, 7), (0, 5)))
+def test_rankings_match_the_slow_definition(disjoint: bool, patch: int, seed: int) -> None:
+    height, width, count = 20, 26, 600  # more than there are pixels
+    smooth = np.add.outer(np.arange(height), np.arange(width)) * -1.0  # the top pixel is a corner
+    signed = random(height, width, seed=1).numpy() - 0.5
+    maps = np.stack([signed, signed.round(1), smooth, np.ones_like(smooth), (signed > 0.3) * 1.0]).astype(np.float32)
+    got = metrics.rank_centres(torch.from_numpy(maps), count, patch, disjoint=disjoint, seed=seed)
+    ties = tie_order(height, width, seed)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [slow_centres(values, count, patch, disjoint, ties) for values in maps]
+    alone = metrics.rank_centres(torch.from_numpy(maps[3:4]), count, patch, disjoint=disjoint, seed=seed)
+    assert torch.equal(alone, got[3:4])
+
+
+def test_ties_are_random_by_seed_and_never_reorder_values() -> None:
+    orders = [tie_order(16, 16, seed) for seed in range(3)]
+    assert all(sorted(order) == list(range(256)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] and sorted(orders[0]) != orders[0]
+    assert orders[0] == tie_order(16, 16, 0)
+    # Neighbouring floats: any jitter added to the values would mix them up.
+    values = torch.tensor(1.0)
+    ladder = [values := torch.nextafter(values, torch.tensor(2.0)) for _ in range(64)]
+    shuffle = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    got = metrics.rank_centres(torch.stack(ladder)[shuffle].view(1, 8, 8), 64, disjoint=False, seed=0)[0]
+    assert (shuffle[got[:, 0] * 8 + got[:, 1]]).tolist() == list(range(63, -1, -1))
+    # 0.0 and -0.0 are a tie.
+    zeros = torch.zeros(1, 8, 8)
+    zeros[0, :, ::2] = -0.0
+    assert torch.equal(
+        metrics.rank_centres(zeros, 64, disjoint=False, seed=4),
+        metrics.rank_centres(torch.zeros(1, 8, 8), 64, disjoint=False, seed=4),
+    )
+
+
+def test_rank_centres_takes_half_precision_and_refuses_bad_input() -> None:
+    maps = random(2, 12, 12).half()
+    kept = metrics.rank_centres(maps, 5, 3, disjoint=True, seed=0)
+    assert torch.equal(kept, metrics.rank_centres(maps.float(), 5, 3, disjoint=True, seed=0))
+    with pytest.raises(ValueError, match="patch odd"):
+        metrics.rank_centres(maps, 5, 4, disjoint=True, seed=0)
+    maps[1, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="map 1 holds values that are not finite"):
+        metrics.rank_centres(maps, 5, disjoint=True, seed=0)
+
+
+def test_tie_share() -> None:
+    maps = torch.stack([torch.ones(4, 5), torch.arange(20.0).view(4, 5), torch.arange(20).div(3).floor().view(4, 5)])
+    maps[2, 0, 0] = -7  # groups of 2, five of 3, and 2, one alone
+    flat = [values.flatten().tolist() for values in maps]
+    slow = [sum(values.count(value) > 1 for value in values) / 20 for values in flat]
+    assert metrics.tie_share(maps).tolist() == pytest.approx(slow)
+    assert slow == [1.0, 0.0, 0.95]
+
+
+# --- perturbation
+
+
+def slow_curve(classifier, image, centres, target, patch, fillings) -> list[float]:  # type: ignore[no-untyped-def]
+    """Paint patch after patch and ask the classifier each time, for one image; Eq. 11's brackets."""
+
+    def probability(picture: Tensor) -> float:
+        with torch.no_grad():
+            return float(classifier(picture[None]).softmax(1)[0, target])
+
+    curve = np.zeros(len(centres))
+    for filling in fillings:
+        canvas = image.clone()
+        for step, (row, col) in enumerate(centres):
+            for i, j in itertools.product(range(image.shape[1]), range(image.shape[2])):
+                if row >= 0 and abs(i - row) <= patch // 2 and abs(j - col) <= patch // 2:
+                    canvas[:, i, j] = filling[:, i, j]
+            curve[step] += (probability(image) - probability(canvas)) / len(fillings)
+    return curve.tolist()
+
+
+def noise(classifier, shape, draws, seed) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """The noise images themselves: what the classifier sees when one patch covers the whole image."""
+    seen: list[Tensor] = []
+
+    def record(images: Tensor) -> Tensor:
+        seen.append(images.clone())
+        return classifier(images)
+
+    height, width = shape
+    metrics.perturbation_curve(
+        record, torch.zeros(1, 3, height, width), torch.zeros(1, height, width), torch.tensor([0]),
+        steps=1, patch=2 * max(shape) + 1, draws=draws, seed=seed,
+    )  # fmt: skip
+    return [images[0] for images in seen[1:]]
+
+
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_curve_matches_the_slow_definition(disjoint: bool) -> None:
+    classifier, size, patch, steps = conv_classifier(), (14, 18), 5, 30
+    images, target = random(3, 3, *size) * 2 - 1, torch.tensor([0, 2, 1])
+    maps = torch.cat([random(2, *size, seed=3), torch.ones(1, *size)])
+    options = {"steps": steps, "patch": patch, "disjoint": disjoint, "seed": 3, "draws": 2}
+    got = metrics.perturbation_curve(classifier, images, maps, target, **options)  # type: ignore[arg-type]
+    fillings = noise(classifier, size, 2, 3)
+    centres = metrics.rank_centres(maps, steps, patch, disjoint=disjoint, seed=3)
+    assert (centres < 0).any() == disjoint  # the disjoint ranking runs out of room here
+    for i in range(3):
+        slow = slow_curve(classifier, images[i], centres[i].tolist(), target[i], patch, fillings)
+        assert got[i].tolist() == pytest.approx(slow, abs=1e-6)
+    # The same numbers in any batch, and for an image alone.
+    for batch in (1, 7):
+        again = metrics.perturbation_curve(classifier, images, maps, target, batch=batch, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(again, got, atol=1e-6, rtol=0)
+    alone = metrics.perturbation_curve(classifier, images[1:2], maps[1:2], target[1:2], **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(alone, got[1:2], atol=1e-6, rtol=0)
+
+
+def test_noise_is_uniform_and_does_not_follow_ties_or_random_maps() -> None:
+    first, second = noise(block_classifier, (64, 64), 2, 0)
+    assert torch.equal(first, noise(block_classifier, (64, 64), 1, 0)[0])  # a draw does not depend on their number
+    assert -1 <= first.min() < -0.99 and 0.99 < first.max() <= 1
+    # 4096 uncorrelated pixels: a correlation has standard error 1/64, so 5/64 is five of them.
+    pixels = torch.tensor(tie_order(64, 64, 0))
+    position = torch.empty(4096).scatter_(0, pixels, torch.arange(4096.0))
+    random_map = controls.random_map(torch.zeros(1, 3, 64, 64), 0).flatten()
+    streams = torch.stack([*first.flatten(1), *second.flatten(1), position, random_map])
+    assert (torch.corrcoef(streams) - torch.eye(8)).abs().max() < 5 / 64
+
+
+def test_blur_fill_is_a_gaussian_of_an_eighth_of_the_size() -> None:
+    height, width = 10, 12
+    image = random(1, 3, height, width)
+    slow = torch.zeros(3, height, width)
+    for row, col in itertools.product(range(height), range(width)):
+        rows = torch.tensor([math.exp(-0.5 * ((i - row) / (height / 8)) ** 2) for i in range(height)])
+        cols = torch.tensor([math.exp(-0.5 * ((j - col) / (width / 8)) ** 2) for j in range(width)])
+        weight = rows[:, None] * cols
+        slow[:, row, col] = (image[0] * weight).sum((1, 2)) / weight.sum()
+    centres = metrics.rank_centres(image[:, 0], 4, 3, disjoint=True, seed=0)[0].tolist()
+    classifier = conv_classifier()
+    target = torch.tensor([1])
+    got = metrics.perturbation_curve(classifier, image, image[:, 0], target, steps=4, patch=3, fill="blur")
+    assert got[0].tolist() == pytest.approx(slow_curve(classifier, image[0], centres, 1, 3, [slow]), abs=1e-6)
+
+
+def test_no_more_than_a_batch_at_once_and_no_gradients() -> None:
+    sizes = []
+
+    def classifier(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return block_classifier(images)
+
+    images = random(5, 3, 24, 24).requires_grad_()
+    curve = metrics.perturbation_curve(
+        classifier, images, random(5, 24, 24), torch.zeros(5, dtype=torch.long), steps=6, draws=3, batch=4
+    )
+    assert not curve.requires_grad
+    assert max(sizes) == 4 and sum(sizes) == 5 + 5 * 6 * 3
+
+
+def test_covered_share_is_the_painted_area() -> None:
+    maps = torch.stack([random(20, 26, seed=1), -torch.arange(520.0).view(20, 26)])
+    for disjoint in (True, False):
+        centres = metrics.rank_centres(maps, 40, 5, disjoint=disjoint, seed=0)
+        got = metrics.covered_share(metrics.covering_step(centres, 20, 26, 5), 40)
+        for i, path in enumerate(centres.tolist()):
+            canvas, slow = np.zeros((20, 26)), []
+            for row, col in path:
+                if row >= 0:
+                    canvas[max(0, row - 2) : row + 3, max(0, col - 2) : col + 3] = 1
+                slow.append(canvas.mean())
+            assert got[i].tolist() == pytest.approx(slow)
+
+
+def test_aopc_and_peak_degradation_are_eqs_11_and_12() -> None:
+    curve = random(4, 9) - 0.3
+    total = sum(float(curve[i, p]) for i in range(4) for p in range(9)) / (4 * 9)
+    assert float(metrics.aopc(curve).mean()) == pytest.approx(total)
+    assert metrics.aopc(curve).shape == (4,)
+    peak = max(sum(float(curve[i, p]) for i in range(4)) / 4 for p in range(9))
+    assert metrics.peak_degradation(curve) == pytest.approx(peak)
+
+
+def test_disjoint_steps() -> None:
+    assert [metrics.disjoint_steps(size) for size in (256, 128, 64, 4)] == [100, 25, 6, 1]
+    assert metrics.disjoint_steps(256, share=0.3) == 401
+
+
+def test_the_truth_beats_the_controls() -> None:
+    images = random(16, 3, 32, 32) - 0.5
+    images[:, :, *BLOCK] = 0.9
+    target = torch.zeros(16, dtype=torch.long)
+    truth = torch.zeros(16, 32, 32)
+    truth[:, *BLOCK] = 1
+    peers = {"truth": truth, "random": controls.random_map(images), "constant": torch.ones(16, 32, 32)}
+    options = {"steps": metrics.disjoint_steps(32), "draws": 3}
+    for fill, disjoint in itertools.product(("uniform", "blur"), (True, False)):
+        score = {
+            name: metrics.aopc(
+                metrics.perturbation_curve(
+                    block_classifier, images, maps, target, fill=fill, disjoint=disjoint, **options  # type: ignore[arg-type]
+                )
+            )
+            for name, maps in peers.items()
+        }  # fmt: skip
+        _, low, _ = metrics.paired_bootstrap(score["truth"].numpy(), score["random"].numpy())
+        assert low > 0, (fill, disjoint)
+        assert score["truth"].mean() > score["constant"].mean(), (fill, disjoint)
+    # Covering what does not matter changes nothing.
+    away = torch.zeros(16, 32, 32)
+    away[:, 20:, :] = random(16, 12, 32)
+    assert metrics.perturbation_curve(block_classifier, images, away, target, steps=2).abs().max() == 0
+
+
+def test_curve_refuses_what_does_not_fit() -> None:
+    images, target = torch.zeros(2, 3, 16, 16), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="do not fit"):
+        metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 8, 8), target, steps=1)
+    with pytest.raises(ValueError, match="do not fit"):
+        metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 16, 16), target[:1], steps=1)
+    with pytest.raises(ValueError, match="choose 'uniform' or 'blur'"):
+        metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 16, 16), target, steps=1, fill="grey")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1"):
+        metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 16, 16), target, steps=1, draws=0)
+
+
+# --- known truth
+
+
+def test_pointing_game_matches_the_slow_definition() -> None:
+    maps, masks = random(40, 12, 15), random(40, 12, 15, seed=1) > 0.97
+    masks[0] = False
+    for tolerance in (0, 1, 2.5):
+        got = metrics.pointing_game(maps, masks, tolerance).tolist()
+        for i in range(40):
+            row, col = divmod(int(np.argmax(maps[i].numpy())), 15)
+            distances = [math.hypot(row - r, col - c) for r, c in masks[i].nonzero().tolist()]
+            assert got[i] == (min(distances, default=math.inf) <= tolerance)
+        assert not got[0]
+    assert any(got) and not all(got)
+    # Constant map: the pixel is drawn, so over seeds it hits as often as the mask is large.
+    half = torch.zeros(1, 12, 15, dtype=torch.bool)
+    half[:, :6] = True
+    hits = [bool(metrics.pointing_game(torch.ones(1, 12, 15), half, seed=seed)) for seed in range(100)]
+    assert 25 < sum(hits) < 75  # five standard errors around 50
+
+
+def test_energy_in_mask() -> None:
+    maps, masks = random(5, 9, 8) - 0.5, random(5, 9, 8, seed=1) > 0.6
+    maps[3], maps[4] = 0, 2
+    for i in range(3):
+        energy = [(max(0.0, float(m)), bool(t)) for m, t in zip(maps[i].flatten(), masks[i].flatten(), strict=True)]
+        slow = sum(m for m, t in energy if t) / sum(m for m, _ in energy)
+        assert float(metrics.energy_in_mask(maps, masks)[i]) == pytest.approx(slow, abs=1e-6)
+    even = masks.float().mean((1, 2))
+    torch.testing.assert_close(metrics.energy_in_mask(maps, masks)[3:], even[3:])
+
+
+def test_iou_at_equal_area() -> None:
+    maps, masks = random(4, 9, 8), random(4, 9, 8, seed=1) > 0.6
+    maps[2] = masks[2].float()
+    masks[3] = False
+    got = metrics.iou_at_equal_area(maps, masks)
+    for i in range(3):
+        area = int(masks[i].sum())
+        top = set(np.argsort(-maps[i].flatten().numpy(), kind="stable")[:area].tolist())
+        truth = set(masks[i].flatten().nonzero()[:, 0].tolist())
+        assert float(got[i]) == pytest.approx(len(top & truth) / len(top | truth))
+    assert got[2] == 1 and got[3].isnan()
+
+
+def test_pixel_auroc_is_scikit_learns() -> None:
+    maps, masks = random(6, 14, 11) - 0.5, random(6, 14, 11, seed=1) > 0.8
+    maps[1] = maps[1].round(decimals=1)  # many ties
+    maps[2] = 3.0
+    maps[3] += masks[3]
+    masks[4], masks[5] = False, True
+    got = metrics.pixel_auroc(maps, masks)
+    for i in range(4):
+        assert float(got[i]) == pytest.approx(roc_auc_score(masks[i].flatten(), maps[i].flatten()), abs=1e-6)
+    assert got[2] == 0.5
+    assert got[4:].isnan().all()
+    with pytest.raises(ValueError, match="one mask per map"):
+        metrics.pixel_auroc(maps, masks[:3])
+
+
+# --- class codes
+
+
+def test_separability_of_two_clear_classes() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["normal", "pneumonia"], 40)
+    codes = rng.normal(size=(80, 8)) * 0.1
+    codes[40:, 3] += 5
+    found = metrics.separability(codes, labels, seed=0)
+    assert found["forest_mean"] == found["stump_mean"] == found["1nn_mean"] == 1.0
+    assert found["forest_std"] == 0.0 and found["folds"] == 10 and found["note"] == ""
+    assert found["effective_dimension"] < 1.1  # type: ignore[operator]  # the classes differ along one axis
+    assert found["two_component_share"] > 0.97  # type: ignore[operator]
+
+
+def test_separability_stump_has_one_threshold() -> None:
+    """One class between two groups of the other: two thresholds part them, one gets at most three in four."""
+    groups = np.tile([0, 1, 2, 1], 10)
+    codes = groups[:, None] + np.random.default_rng(0).normal(size=(40, 1)) * 0.01
+    found = metrics.separability(codes, groups % 2)
+    assert found["1nn_mean"] == found["forest_mean"] == 1.0
+    assert found["stump_mean"] <= 0.75  # type: ignore[operator]
+    assert found["effective_dimension"] == found["two_component_share"] == 1.0
+
+
+def test_separability_nearest_neighbour_and_dimension_match_slow_definitions() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.repeat([0, 1, 2], [20, 15, 4])
+    codes = rng.normal(size=(39, 4)) * [4, 2, 1, 0.5] + labels[:, None]
+    found = metrics.separability(codes, labels, seed=3)
+    scores = []
+    for train, test in StratifiedKFold(4, shuffle=True, random_state=3).split(codes, labels):
+        nearest = [min(train, key=lambda j: float(np.sum((codes[i] - codes[j]) ** 2))) for i in test]
+        scores.append(np.mean(labels[nearest] == labels[test]))
+    assert found["1nn_mean"] == pytest.approx(np.mean(scores))
+    assert found["1nn_std"] == pytest.approx(np.std(scores))
+    assert found == metrics.separability(codes, labels, seed=3)
+    # Participation ratio without eigenvalues: trace(S)^2 / trace(S S).
+    covariance = np.cov(codes.T)
+    assert found["effective_dimension"] == pytest.approx(np.trace(covariance) ** 2 / np.trace(covariance @ covariance))
+    singular = np.linalg.svd(codes - codes.mean(0), compute_uv=False) ** 2
+    assert found["two_component_share"] == pytest.approx(singular[:2].sum() / singular.sum())
+
+
+def test_separability_of_small_constant_and_impossible_codes() -> None:
+    labels = np.repeat(["a", "b"], [12, 3])
+    found = metrics.separability(np.ones((15, 8)), labels)
+    assert found["folds"] == 3 and found["note"] == "3 folds: class b has only 3 codes"
+    assert found["forest_mean"] == pytest.approx(12 / 15)  # nothing to learn: the larger class
+    assert found["effective_dimension"] == 0 and found["two_component_share"] == 1
+    with pytest.raises(ValueError, match="class b has 1 code"):
+        metrics.separability(np.ones((13, 8)), labels[:13])
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        metrics.separability(np.ones((12, 8)), labels[:12])
+    with pytest.raises(ValueError, match="do not fit"):
+        metrics.separability(np.ones((12, 8)), labels)
+
+
+# --- intervals
+
+
+def test_bootstrap_interval_of_gaussian_differences_is_the_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 1, 400), rng.normal(0.9, 1, 400)
+    mean, low, high = metrics.paired_bootstrap(a, b)
+    error = float(np.std(a - b)) / math.sqrt(400)
+    assert mean == pytest.approx(np.mean(a - b))
+    # A 2.5% quantile of 10,000 draws has standard error sqrt(.025 * .975 / 10,000) / density(1.96) = 0.027 errors of
+    # the mean, and the skewness of 400 gaussian values moves it by less than 0.01: 0.12 is over four of the first.
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.12 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.12 * error)
+    assert (mean, low, high) == metrics.paired_bootstrap(a, b)
+    assert metrics.paired_bootstrap(b, a)[0] == pytest.approx(-mean)
+
+
+def test_bootstrap_covers_the_truth_19_times_in_20() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        a, b = rng.normal(0.3, 1, (2, 60))
+        _, low, high = metrics.paired_bootstrap(a, b, draws=500, seed=trial)
+        covered += low <= 0 <= high
+    assert 175 <= covered <= 199  # 190 expected; standard error 3.1, and small samples cover a little less
+
+
+def test_bootstrap_is_paired_chunked_and_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(0, 100, 50)
+    assert metrics.paired_bootstrap(values + 0.5, values, draws=100) == pytest.approx((0.5, 0.5, 0.5))
+    whole = metrics.paired_bootstrap(values, 0 * values, draws=333)
+    monkeypatch.setattr(metrics, "BOOTSTRAP_CELLS", 120)  # two draws at a time, the last alone
+    assert metrics.paired_bootstrap(values, 0 * values, draws=333) == pytest.approx(whole)
+    with pytest.raises(ValueError, match="not finite at image 1"):
+        metrics.paired_bootstrap([1.0, math.nan], [0.0, 0.0])
+    with pytest.raises(ValueError, match="at least 2 images"):
+        metrics.paired_bootstrap([1.0], [0.0])
