@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -25,21 +26,32 @@ def read_model(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with fsspec.open(f"{folder}/config.json") as file:
             config = json.load(file)
-        return read_weights(f"{folder}/model.safetensors"), config
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"no model in {folder}: it needs config.json and model.safetensors") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {folder}/config.json: {error}") from error
+    return read_weights(f"{folder}/model.safetensors"), config
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """State dict from `.safetensors`, or from a PyTorch file of which only tensors are loaded."""
+    """State dict from `.safetensors`, or from a PyTorch file of which only tensors are loaded. Raises ValueError."""
     try:
         with fsspec.open(path, "rb") as file:
-            if path.endswith(".safetensors"):
-                return safetensors.torch.load(file.read())
-            state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-            return state
+            data = file.read()
     except FileNotFoundError as error:
         raise ValueError(f"no weights at {path}") from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot read the weights in {path}: {reason}") from error
+    try:
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load(data)
+        state: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise TypeError("not a state dict")
+    # PyTorch's own message is long, and advises to load the file unsafely.
+    except Exception as error:
+        raise ValueError(
+            f"the weights in {path} are damaged or no state dict: save net.state_dict() alone, as .safetensors"
+        ) from error
+    return state

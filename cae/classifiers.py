@@ -49,8 +49,7 @@ class ResidualUnit(nn.Module):
 class ResNet(nn.Module):
     """Residual network whose state dict has torchvision's names and, with the `imagenet` stem, its shapes.
 
-    The `small` stem is for images of 32 to 96 pixels: a 3x3 first convolution, and no stride in the last stage, so
-    that a 64x64 image still has a 4x4 grid there (ImageNet's has 7x7 from 224x224).
+    The `small` stem, for images of 32 to 96 pixels, has a 3x3 first convolution.
     """
 
     def __init__(self, arch: str, classes: int, stem: Literal["imagenet", "small"] = "imagenet") -> None:
@@ -64,7 +63,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         c_in = 64
         for i, depth in enumerate(LAYERS[arch]):
-            width, stride = 64 * 2**i, 1 if i == 0 or (small and i == 3) else 2
+            width, stride = 64 * 2**i, 1 if i == 0 else 2
             units = []
             for j in range(depth):
                 units.append(ResidualUnit(c_in, width, stride if j == 0 else 1, bottleneck))
@@ -110,7 +109,7 @@ class BlackBox(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = ((x + 1) / 2 - self.mean) / self.std
-        if self.input_size is not None and x.shape[-1] != self.input_size:
+        if self.input_size is not None and set(x.shape[-2:]) != {self.input_size}:
             x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
         return self.net(x)
 
@@ -122,7 +121,12 @@ class BlackBox(nn.Module):
 
 def build(config: ClassifierConfig, classes: tuple[str, ...]) -> BlackBox:
     """A fresh built-in classifier."""
-    return BlackBox(ResNet(config.arch, len(classes), config.stem), classes)
+    return _own(ResNet(config.arch, len(classes), config.stem), classes)
+
+
+def _own(net: ResNet, classes: tuple[str, ...]) -> BlackBox:
+    # On small images the last stage is a few pixels wide: Grad-CAM looks one stage earlier.
+    return BlackBox(net, classes, cam_layer="layer3" if net.conv1.kernel_size == (3, 3) else "layer4")
 
 
 def save(folder: str, blackbox: BlackBox, config: ClassifierConfig) -> None:
@@ -157,24 +161,26 @@ def _load_own(spec: str, state: dict[str, Tensor], config: dict[str, Any]) -> Bl
         names = tuple(config["classes"])
         net = ResNet(config["arch"], len(names), config["stem"])
         net.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{spec} is no classifier saved by this project: {reason}") from error
-    return BlackBox(net, names)
+    return _own(net, names)
 
 
 def _load_torchvision(spec: str, classes: tuple[str, ...]) -> BlackBox:
     name, _, path = spec.removeprefix("torchvision:").partition("@")
     if not path:
         raise ValueError(f"--classifier {spec} names no weights: write torchvision:NAME@FILE.safetensors")
+    net = ResNet(name, len(classes))
     state = read_weights(path)
-    outputs = len(state["fc.weight"]) if "fc.weight" in state else 0
+    if "fc.weight" not in state:
+        raise ValueError(f"the weights in {path} are no torchvision ResNet's: they hold no fc.weight")
+    outputs = len(state["fc.weight"])
     if outputs != len(classes):
         raise ValueError(
             f"the weights in {path} have {outputs} outputs, the data has {len(classes)} classes "
             f"({', '.join(classes)}): give weights trained on these classes, in this order"
         )
-    net = ResNet(name, outputs)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
@@ -183,7 +189,7 @@ def _load_torchvision(spec: str, classes: tuple[str, ...]) -> BlackBox:
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Random rotation (±8°), scale (±12%), shift (±10%), mirroring, brightness and contrast of images (B, 3, H, W)."""
+    """Random rotation (±8°), scale (±12%), shift (±5%), mirroring, brightness and contrast of images (B, 3, H, W)."""
     n = len(x)
     angle, scale, dx, dy, gain, offset = ((torch.rand(6, n, generator=rng) - 0.5) * 2).to(x.device)
     angle, scale = angle * 0.14, 1 + scale * 0.12

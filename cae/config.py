@@ -19,7 +19,10 @@ class ModelConfig:
     """Sizes of the class association embedding and its discriminator."""
 
     image_size: int = 256
-    """Height and width of the square images, a multiple of 16."""
+    """Height and width of the square images: a multiple of 4, at least 32."""
+    channels: int = 3
+    """Colour channels inside the networks: 3, 1 (grey: the images' channel mean), or 0: 1 where all images are grey.
+    A grey network cannot fool a classifier by tints."""
     class_dim: int = 8
     """Numbers in the class code (Section IV-A)."""
     stem: Literal["conv", "unshuffle"] = "conv"
@@ -31,7 +34,9 @@ class ModelConfig:
     mlp_width: int = 256
     """Hidden units between the class code and the AdaIN parameters."""
     up_kernel: int = 5
-    """Kernel of the convolution after each nearest x2 upsampling."""
+    """Kernel of the convolution after each x2 upsampling."""
+    upsample: Literal["nearest", "bilinear"] = "nearest"
+    """How the decoder doubles its size. `bilinear` leaves no grid after a short training."""
     out_kernel: int = 7
     """Kernel of the decoder's last convolution."""
     disc_width: int = 64
@@ -97,7 +102,7 @@ class ClassifierConfig:
     arch: Literal["resnet18", "resnet50"] = "resnet50"
     """Depth of the residual network; parameter names and shapes are torchvision's."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """`imagenet`: 7x7 stride 2 and max pooling (torchvision's); `small`: 3x3 stride 2, last stage unstrided."""
+    """`imagenet`: 7x7 stride 2 and max pooling (torchvision's); `small`: 3x3 stride 2, for small images."""
     epochs: int = 20
     """Passes over the training images."""
     batch: int = 64
@@ -122,18 +127,21 @@ PRESETS: dict[Preset, PresetConfig] = {
     "paper": PresetConfig(ModelConfig(), TrainConfig(), ClassifierConfig()),
     # One GPU, some hours.
     "standard": PresetConfig(
-        ModelConfig(image_size=128, stem="unshuffle", width=128, blocks=4, up_kernel=3, out_kernel=3, dropout=0.0),
+        ModelConfig(
+            image_size=128, channels=0, stem="unshuffle", width=128, blocks=4, upsample="bilinear", up_kernel=3,
+            out_kernel=3, dropout=0.0,
+        ),
         TrainConfig(pairs=100_000, epochs=20.0, batch=8, lr=2e-4, lr_halvings=4, ema=0.999, class_head="distilled"),
         ClassifierConfig(arch="resnet18", epochs=10),
     ),
     # Two CPU cores, minutes.
     "quick": PresetConfig(
         ModelConfig(
-            image_size=64, stem="unshuffle", width=64, blocks=3, mlp_width=128, up_kernel=3, out_kernel=3,
-            disc_width=32, disc_blocks=1, dropout=0.0,
+            image_size=64, channels=0, stem="unshuffle", width=64, blocks=3, mlp_width=128, upsample="bilinear",
+            up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, dropout=0.0,
         ),
         TrainConfig(pairs=20_000, epochs=3.0, batch=8, lr=4e-4, lr_halvings=4, ema=0.995, class_head="distilled"),
-        ClassifierConfig(arch="resnet18", stem="small", epochs=6),
+        ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
     ),
 }  # fmt: skip
 

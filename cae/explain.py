@@ -49,7 +49,7 @@ class Explanation:
 def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstructions of images x (B, 3, H, W), and the same images with the class codes of the donors."""
     class_code, individual_code = cae.encode(x)
-    return cae.decode(class_code, individual_code), cae.decode(cae.class_encoder(donors), individual_code)
+    return cae.decode(class_code, individual_code), cae.decode(cae.encode(donors)[0], individual_code)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     )
     difference = walked.diff(dim=1)  # (B, K, 3, H, W)
     weight = p_walked.diff(dim=1).clamp(min=0)  # (B, K)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-12)
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     if mode == "path":
         heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:

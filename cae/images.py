@@ -6,7 +6,6 @@ Legend: B batch, H height, W width. Tensors are float32 (B, 3, H, W) in [-1, 1];
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Literal
 
 import numpy as np
@@ -29,12 +28,10 @@ def load(data: bytes) -> Image.Image:
     how many of their bits carry signal. Raises UnreadableImage.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            image.load()
+        image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        image.load()
         image = ImageOps.exif_transpose(image)
     except UnreadableImage:
         raise

@@ -21,19 +21,22 @@ class Projections:
     pca: np.ndarray
     """(N, 2), principal axes fitted on the training codes."""
     variance: tuple[float, float]
-    """Share of the training codes' variance along each axis."""
+    """Share of the training codes' variance along each axis; 0 where they do not vary."""
     tsne: np.ndarray
     """(N, 2), t-SNE; NaN beyond TSNE_POINTS points."""
 
 
 def project(codes: np.ndarray, training: np.ndarray, seed: int = 0) -> Projections:
     """Project codes (N, D) to the plane; `training` (N,) says which are training codes."""
-    pca = PCA(2, random_state=seed).fit(codes[training] if training.sum() > 2 else codes)
+    fitted = codes[training] if training.sum() > 2 else codes
+    pca = PCA(2, random_state=seed).fit(fitted)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(codes))[:TSNE_POINTS])
     tsne = np.full((len(codes), 2), np.nan)
     perplexity = min(30.0, max(1.0, (len(chosen) - 1) / 4))
-    tsne[chosen] = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(codes[chosen])
-    first, second = pca.explained_variance_ratio_
+    # Codes that are all equal have no axes to start from: scikit-learn would divide by zero and crash the process.
+    init = "pca" if np.ptp(codes[chosen], axis=0).any() else "random"
+    tsne[chosen] = TSNE(2, perplexity=perplexity, init=init, random_state=seed).fit_transform(codes[chosen])
+    first, second = pca.explained_variance_ratio_ if np.ptp(fitted, axis=0).any() else (0.0, 0.0)
     return Projections(pca.transform(codes), (float(first), float(second)), tsne)
 
 
@@ -54,6 +57,7 @@ def distance_to(codes: np.ndarray, training: np.ndarray) -> np.ndarray:
     """Distance of codes (N, D) to the nearest training code (M, D), over the typical nearest distance among those.
 
     About 1: as close as training codes are to each other; much more: an image unlike those that the CAE learned from.
+    A training code itself has distance 0, so the number says something of new images only.
     """
     from sklearn.neighbors import NearestNeighbors
 

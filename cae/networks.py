@@ -6,13 +6,14 @@ Padding is by reflection everywhere. Nothing here knows about losses, devices or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cae.config import ModelConfig
+from cae.config import PRESETS, ModelConfig
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -22,14 +23,21 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
-    """(B, 3, H, W) -> (B, width, H/4, W/4), with `norm` after each convolution."""
+    """(B, channels, H, W) -> (B, width, H/4, W/4), with `norm` after each convolution."""
     if config.stem == "unshuffle":
-        return nn.Sequential(nn.PixelUnshuffle(4), conv(48, config.width, 3), norm(config.width), nn.ReLU())
+        return nn.Sequential(
+            nn.PixelUnshuffle(4), conv(16 * config.channels, config.width, 3), norm(config.width), nn.ReLU()
+        )
     widths = [config.width // 4, config.width // 2, config.width]
-    layers = [conv(3, widths[0], 7), norm(widths[0]), nn.ReLU()]
+    layers = [conv(config.channels, widths[0], 7), norm(widths[0]), nn.ReLU()]
     for c_in, c_out in pairwise(widths):
         layers += [conv(c_in, c_out, 4, 2), norm(c_out), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def to_channels(x: Tensor, channels: int) -> Tensor:
+    """Images (B, 3, H, W) as a network of so many colour channels takes them; one channel is the mean."""
+    return x if channels == x.shape[1] else x.mean(1, keepdim=True)
 
 
 class NoNorm(nn.Identity):
@@ -110,7 +118,7 @@ class LayerNorm(nn.Module):
 
 
 class Decoder(nn.Module):
-    """G: class code (B, D) and individual code (B, width, H/4, W/4) -> image (B, 3, H, W) in [-1, 1]."""
+    """G: class code (B, D) and individual code (B, width, H/4, W/4) -> image (B, channels, H, W) in [-1, 1]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,8 +131,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(AdaINBlock(width) for _ in range(config.blocks))
         ups: list[nn.Module] = []
         for c in (width, width // 2):
-            ups += [nn.Upsample(scale_factor=2), conv(c, c // 2, config.up_kernel), LayerNorm(c // 2), nn.ReLU()]
-        self.up = nn.Sequential(*ups, conv(width // 4, 3, config.out_kernel))
+            double = nn.Upsample(scale_factor=2, mode=config.upsample)
+            ups += [double, conv(c, c // 2, config.up_kernel), LayerNorm(c // 2), nn.ReLU()]
+        self.up = nn.Sequential(*ups, conv(width // 4, config.channels, config.out_kernel))
 
     def forward(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
         # Per AdaIN layer first all shifts, then all scales: (B, blocks, convolutions, shift | scale, C).
@@ -140,8 +149,9 @@ class CAE(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.image_size % 16:
-            raise ValueError(f"image size {config.image_size} is not a multiple of 16: choose one that is")
+        # The code is a quarter of the image; below 32 the discriminator's last map has no border left to reflect.
+        if config.image_size % 4 or config.image_size < 32:
+            raise ValueError(f"image size {config.image_size} is no multiple of 4 from 32 on: choose one that is")
         self.config = config
         self.class_encoder = ClassEncoder(config)
         self.individual_encoder = IndividualEncoder(config)
@@ -150,11 +160,12 @@ class CAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) -> class code (B, D), individual code (B, width, H/4, W/4)."""
+        x = to_channels(x, self.config.channels)
         return self.class_encoder(x), self.individual_encoder(x)
 
     def decode(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
         """Class code (B, D) and individual code (B, width, H/4, W/4) -> images (B, 3, H, W)."""
-        return self.decoder(class_code, individual_code)
+        return self.decoder(class_code, individual_code).expand(-1, 3, -1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction G(E_c(x), E_s(x))."""
@@ -166,9 +177,10 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
+        self.channels = config.channels
         widths = [config.disc_width * 2**i for i in range(4)]
         layers: list[nn.Module] = []
-        for c_in, c_out in zip([3, *widths], widths, strict=False):
+        for c_in, c_out in pairwise([config.channels, *widths]):
             layers += [conv(c_in, c_out, 4, 2), nn.LeakyReLU(0.2)]
         layers += [ResidualBlock(widths[-1], NoNorm, nn.LeakyReLU(0.2)) for _ in range(config.disc_blocks)]
         self.features = nn.Sequential(*layers)
@@ -179,6 +191,7 @@ class Discriminator(nn.Module):
         self.apply(_normal)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = to_channels(x, self.channels)
         features = self.features(x).mean(dim=(2, 3))  # (B, 8 * disc_width)
         return self.head(features)
 
@@ -195,3 +208,34 @@ def _normal(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         assert module.bias is not None
         nn.init.zeros_(module.bias)
+
+
+def from_authors(
+    generator: Mapping[str, Tensor], discriminator: Mapping[str, Tensor] | None = None
+) -> tuple[CAE, Discriminator | None]:
+    """The networks of the paper's authors, from the state dicts in their `gen_*.pt` and `dis_*.pt` (entry `ab`).
+
+    Their sizes are those of the preset `paper`. Their `enc_style` is the class encoder, their `enc_content` the
+    individual encoder. Raises ValueError where the tensors are not those of their networks.
+    """
+    config = PRESETS["paper"].model
+    cae = CAE(config)
+    _take_in_order(cae, generator, ("enc_style", "enc_content", "mlp", "dec"))
+    if discriminator is None:
+        return cae, None
+    last = discriminator.get("fc.3.bias")
+    critic = Discriminator(config, 0 if last is None else len(last) - 2)
+    _take_in_order(critic, discriminator, ("cnns", "fc"))
+    return cae, critic
+
+
+def _take_in_order(module: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...]) -> None:
+    """Load another implementation's state whose `parts` stand in the module's order and hold their layers in it."""
+    own = module.state_dict()
+    names = [name for part in parts for name in state if name.startswith(f"{part}.") and "running_" not in name]
+    # Within a layer the authors' norm comes before its convolution and ours after it: pair the norms apart.
+    names.sort(key=lambda name: name.endswith(("gamma", "beta")))
+    own_names = sorted(own, key=lambda name: name.endswith(("scale", "shift")))
+    if [state[name].shape for name in names] != [own[name].shape for name in own_names]:
+        raise ValueError(f"no state dict of the authors' network: give one with {', '.join(parts)} of the usual sizes")
+    module.load_state_dict({mine: state[name] for mine, name in zip(own_names, names, strict=True)})

@@ -127,7 +127,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     options = ClassifierConfig(**config["config"])
     images = read_images(Run(config["folder"]), config["ids"], config["size"], config["fit"])
-    labels = torch.from_numpy(config["labels"])
+    labels = torch.tensor(config["labels"])
     torch.manual_seed(config["seed"])
     blackbox = place(classifiers.build(options, config["names"]), device)
     model = prepare_model(blackbox, move_to_device=False)

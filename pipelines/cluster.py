@@ -23,18 +23,20 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start Ray inside this process."""
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    # Progress is ours to print; of Ray's own messages only errors are for the user.
+    quiet = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONWARNINGS": "ignore"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": {"env_vars": quiet}}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(address, **common)
     else:
         # Four slots at least: a bulk stage needs one for its actor and others for Ray Data's own tasks.
-        slots = max(4, os.cpu_count() or 1)
-        ray.init("local", num_cpus=slots, logging_level=logging.WARNING, object_store_memory=500_000_000)
+        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), object_store_memory=500_000_000, **common)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def device_of(options: RunOptions) -> str:

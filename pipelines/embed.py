@@ -81,7 +81,7 @@ def _counter_codes(
     for label, candidates in manifold.medoids(codes, predicted, CANDIDATES).items():
         others = rng.permutation(np.flatnonzero(predicted != label))[:TRIED_ON]
         images = read_images(run, ids[others], options.model.image_size, options.fit)
-        individual = cae.individual_encoder(to_tensor(images))
+        individual = cae.encode(to_tensor(images))[1]
         shares = []
         for candidate in candidates:
             code = torch.from_numpy(codes[int(candidate)]).expand(len(others), -1)

@@ -144,8 +144,8 @@ class EvaluateWorker:
         table = read_unit(self.run, unit).take([task["row"] for task in tasks])
         x = to_tensor(decode_all(table["image"].to_pylist(), self.size, self.fit)[0], self.device)
         with torch.no_grad():
-            individual = self.cae.individual_encoder(x)
-            reconstruction = self.cae.decode(self.cae.class_encoder(x), individual)
+            code, individual = self.cae.encode(x)
+            reconstruction = self.cae.decode(code, individual)
             donor_code = torch.tensor([task["donor_code"] for task in tasks], device=self.device)
             swapped = self.cae.decode(donor_code, individual)
         p_x, p_reconstruction, p_swap = (self.blackbox.probabilities(image) for image in (x, reconstruction, swapped))

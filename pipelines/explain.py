@@ -140,7 +140,7 @@ class ExplainWorker:
         try:
             found = explain(self.cae, self.blackbox, x, source.to(self.device), torch.tensor(targets).to(self.device),
                             code, mode=self.mode, steps=self.steps, margin=self.margin)  # fmt: skip
-            class_codes = self.cae.class_encoder(x).cpu().numpy()
+            class_codes = self.cae.encode(x)[0].cpu().numpy()
         except RuntimeError as error:
             # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
             if len(images) > 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
         "class_name": pa.string(),
         "group": pa.string(),  # patient, where a manifest names one
         "source": pa.string(),
+        "grey": pa.bool_(),  # whether the three channels are equal
         "mask": pa.binary(),  # PNG of the truth, where it is known
     }
 )
@@ -86,19 +88,24 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
     runs.log_dataset(options.dataset, source, digest, **counts)
     if len(rejected):
         runs.log_folder(run, "shards/rejected.parquet")
+    shown = ", ".join(f"{split} {count:,}" for split, count in sorted(counts.items()))
     return {
-        "says": f"{len(rows):,} images ({', '.join(f'{s} {n:,}' for s, n in sorted(counts.items()))}), "
-        f"{len(names)} classes, {len(rejected)} rejected",
-        "classes": names, "counts": counts, "rejected": len(rejected), "digest": digest, "source": source,
-    }  # fmt: skip
+        "says": f"{len(rows):,} images ({shown}), {len(names)} classes, {len(rejected)} rejected",
+        "classes": names,
+        "grey": all(row["grey"] for row in rows),
+        "counts": counts,
+        "rejected": len(rejected),
+        "digest": digest,
+        "source": source,
+    }
 
 
 def read_index(run: Run) -> pa.Table:
-    """id, split, label, class_name, group of every sharded image, sorted by id."""
+    """id, split, label, class_name, group, grey of every sharded image, sorted by id."""
     tables = []
     for part in list_parts(run, "shards"):
         if part.startswith("split="):
-            table = _read(run, part, ["id", "label", "class_name", "group"])
+            table = _read(run, part, ["id", "label", "class_name", "group", "grey"])
             split = part.split("/")[0].removeprefix("split=")
             tables.append(table.append_column("split", pa.array([split] * len(table), pa.string())))
     return pa.concat_tables(tables).sort_by("id")
@@ -168,12 +175,14 @@ class ShardWorker:
             except images.UnreadableImage as error:
                 bad.append({"id": f"{item.name}#{digest}", "source": item.path, "split": split, "reason": str(error)})
                 continue
+            pixels = np.asarray(picture)
+            grey = bool((pixels == pixels[..., :1]).all())
             # A JPEG stays as it is; anything else becomes a PNG that any reader opens.
-            image = content if content[:2] == b"\xff\xd8" else images.encode_png(images.np.asarray(picture))
+            image = content if content[:2] == b"\xff\xd8" else images.encode_png(pixels)
             good.setdefault(split, []).append({
                 "id": f"{item.name}#{digest}", "image": image, "height": picture.height, "width": picture.width,
                 "label": None if item.label is None else self.names.index(item.label), "class_name": item.label,
-                "group": item.group, "source": item.path, "mask": mask,
+                "group": item.group, "source": item.path, "grey": grey, "mask": mask,
             })  # fmt: skip
             if len(good[split]) == UNIT_ROWS:
                 flush(split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -58,9 +58,12 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     used, position = np.unique(pairs.index, return_inverse=True)  # only the images that some pair names are read
     held_out = table[table.split == ("val" if (table.split == "val").any() else "train")]
     watched = held_out.sample(min(WATCHED, len(held_out)), random_state=options.seed)
+    model = options.model
+    if model.channels == 0:
+        model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
     result = fit_torch(run, options, "train", _train_loop, {
         "folder": run.folder, "spec": chosen["spec"], "names": tuple(chosen["classes"]), "fit": options.fit,
-        "model": asdict(options.model), "train": asdict(options.train), "weights": asdict(options.weights),
+        "model": asdict(model), "train": asdict(options.train), "weights": asdict(options.weights),
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
@@ -81,13 +84,14 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
     if options.batch % world:
         raise UserError(f"--batch {options.batch} does not divide among {world} workers: choose a multiple")
     images = read_images(run, config["ids"], model.image_size, config["fit"])
-    labels = torch.from_numpy(config["labels"])
+    labels = torch.tensor(config["labels"])
 
     torch.manual_seed(config["seed"])
     blackbox = place(classifiers.load(config["spec"], names), device)
     trainer = training.Trainer(
         place(CAE(model), device), place(Discriminator(model, len(names)), device), options,
-        LossWeights(**config["weights"]), steps, blackbox, wrap=lambda module: prepare_model(module, move_to_device=False), bf16=device.type == "cuda",
+        LossWeights(**config["weights"]), steps, blackbox,
+        wrap=lambda module: prepare_model(module, move_to_device=False), bf16=device.type == "cuda",
     )  # fmt: skip
     state = last_checkpoint(device)
     if state is not None:

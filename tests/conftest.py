@@ -1,0 +1,89 @@
+"""What the pipeline tests share: a small archive on disk with every kind of trouble, and one whole run over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+# Small enough for a minute, large enough that a classifier learns it.
+TINY = [
+    "--image-size", "32", "--width", "16", "--blocks", "1", "--disc-width", "8", "--pairs", "48", "--epochs", "0",
+    "--batch", "4", "--resnet.epochs", "6", "--resnet.batch", "8", "--evaluated", "6", "--draws", "2", "--overlays", "3",
+]  # fmt: skip
+BAD = {
+    "truncated.jpg": "truncated",
+    "notes.png": "no known image format",
+    "empty.png": "no known image format",
+}
+
+
+def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a pipeline as a user does, from another folder."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / script), *words],
+        capture_output=True, text=True, timeout=280, cwd="/", env=os.environ | env,
+    )  # fmt: skip
+
+
+def blob(rng: np.random.Generator, label: int, size: int = 40) -> np.ndarray:
+    """A dim textured image; class 1 has a bright disc somewhere."""
+    y, x = np.mgrid[:size, :size]
+    image = 60 + 25 * np.sin(x / rng.uniform(3, 6)) + rng.normal(0, 6, (size, size))
+    if label:
+        cy, cx = rng.uniform(12, size - 12, 2)
+        image = np.where((y - cy) ** 2 + (x - cx) ** 2 < 60, 230, image)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLASS/* with grey, RGBA, 16-bit, CMYK and odd-sized images, files that are no images, and an exact duplicate."""
+    root = tmp_path_factory.mktemp("archive")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("plain", "spot")):
+        folder = root / name
+        folder.mkdir()
+        for i in range(40):
+            image = Image.fromarray(blob(rng, label))
+            kind = i % 8
+            if kind == 1:
+                image.convert("RGBA").save(folder / f"{i:02}.png")
+            elif kind == 2:
+                wide = np.asarray(image).astype(np.uint16) * 200
+                Image.fromarray(wide).save(folder / f"{i:02}.png")
+            elif kind == 3:
+                image.convert("CMYK").save(folder / f"{i:02}.jpg", quality=95)
+            elif kind == 4:
+                image.resize((64, 50)).save(folder / f"{i:02}.png")
+            else:
+                image.save(folder / f"{i:02}.png")
+    (root / "spot" / "copy.png").write_bytes((root / "spot" / "00.png").read_bytes())
+    jpeg = root / "plain" / "truncated.jpg"
+    Image.fromarray(blob(rng, 0, 200)).save(jpeg)
+    jpeg.write_bytes(jpeg.read_bytes()[:900])
+    (root / "plain" / "notes.png").write_text("these are notes, not pixels")
+    (root / "spot" / "empty.png").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one whole run over the archive, made by the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    done = command("full.py", "--dataset", str(archive), "--run", str(folder), *TINY)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def state(folder: Path) -> dict:
+    """run.json."""
+    return json.loads((folder / "run.json").read_text())

@@ -1,0 +1,94 @@
+"""A user's mistakes: one line each that says what was wrong, where, and what to do; never a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import blob, command
+from PIL import Image
+
+from pipelines import full, shard
+from pipelines import run as runs
+from pipelines.run import Run, UserError
+
+
+def mistake(*words: str, script: str = "full.py", **env: str) -> str:
+    """The one line that a mistaken command prints."""
+    done = command(script, *words, **env)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr[-3000:]
+    return lines[0]
+
+
+def test_missing_named_dataset_says_what_to_download_and_where_to_put_it(tmp_path: Path) -> None:
+    line = mistake("--dataset", "chest_xray", "--data-root", str(tmp_path), "--run", str(tmp_path / "r"))
+    assert "download it from https://" in line and str(tmp_path / "chest_xray") in line
+
+
+def test_no_dataset_and_unknown_dataset(tmp_path: Path) -> None:
+    assert "--dataset" in mistake("--run", str(tmp_path / "r"))
+    assert "known are" in mistake("--dataset", "nonsense", "--run", str(tmp_path / "r"))
+
+
+def test_empty_folder_one_class_and_too_few_images(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in mistake("--dataset", str(tmp_path / "empty"), "--run", str(tmp_path / "r1"))
+    rng = np.random.default_rng(0)
+    for name, count in {"a": 12, "b": 2}.items():
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(blob(rng, 0)).save(tmp_path / "few" / name / f"{i}.png")
+    line = mistake("--dataset", str(tmp_path / "few"), "--run", str(tmp_path / "r2"), script="shard.py")
+    assert "class 'b' has" in line and "add images" in line
+
+
+def test_unwritable_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = mistake("--dataset", "synthetic", "--run", str(tmp_path / "file" / "run"))
+    assert "cannot write" in line or "Not a directory" in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to play a full disk with")
+def test_full_disk(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="No space left on device"):
+        run.save()
+
+
+def test_broken_options() -> None:
+    for words in (["--preset", "huge"], ["--pairs", "many"], ["--nonsense", "1"]):
+        done = command("full.py", "--dataset", "synthetic", *words)
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        assert words[0] in done.stdout + done.stderr
+
+
+def test_stage_without_the_ones_before_it(tmp_path: Path) -> None:
+    line = mistake("--dataset", "synthetic", "--run", str(tmp_path / "r"), script="explain.py")
+    assert "no finished stage shard" in line and "pipelines/shard.py" in line
+
+
+def test_help_teaches_and_shows_the_preset_s_values() -> None:
+    text = command("full.py", "--preset", "paper", "--help").stdout
+    for word in ("--dataset", "--image-size", "256", "--recon-x", "lambda1", "--class-head", "200000", "MLflow"):
+        assert word in text
+
+
+def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    first = runs.parse(
+        full.FullOptions, ["--dataset", "synthetic", "--run", folder, "--pairs", "77", "--splits", "val"]
+    )
+    assert (first.train.pairs, first.splits, first.model.image_size) == (77, ("val",), 64)
+    run = Run(folder)
+    run.state["options"] = runs.dataclasses.asdict(first)
+    run.save()
+    again = runs.parse(full.FullOptions, ["--run", folder, "--batch", "4"])
+    assert (again.train.pairs, again.train.batch, again.splits, again.dataset) == (77, 4, ("val",), "synthetic")
+    stage = runs.parse(shard.ShardOptions, ["--run", folder])
+    assert stage.dataset == "synthetic"

@@ -1,0 +1,151 @@
+"""The stages as a user runs them: one whole run, what it leaves behind, and calling it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from conftest import BAD, TINY, command, state
+
+from cae import classifiers, training
+from cae.images import decode, to_tensor
+
+
+def parts(folder: Path) -> pd.DataFrame:
+    return pd.concat([pd.read_parquet(path) for path in sorted(folder.rglob("*.parquet"))], ignore_index=True)
+
+
+def shards(folder: Path) -> pd.DataFrame:
+    frames = [pd.read_parquet(p).assign(split=p.parent.name[6:]) for p in folder.glob("shards/split=*/*.parquet")]
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_every_readable_image_is_sharded_and_every_other_file_has_a_reason(finished: Path) -> None:
+    rows = shards(finished)
+    assert len(rows) == 81 and rows.id.is_unique
+    rejected = pd.read_parquet(finished / "shards/rejected.parquet")
+    reasons = {Path(source).name: reason for source, reason in zip(rejected.source, rejected.reason, strict=True)}
+    assert set(reasons) == set(BAD)
+    for name, word in BAD.items():
+        assert word in reasons[name]
+    for row in rows.itertuples():  # any reader can open the stored bytes
+        assert decode(row.image, 32).shape == (32, 32, 3)
+        assert ["plain", "spot"][int(row.label)] == row.class_name
+
+
+def test_exact_duplicates_share_a_split(finished: Path) -> None:
+    rows = shards(finished)
+    twins = rows[rows.source.str.endswith(("spot/00.png", "spot/copy.png"))]
+    assert len(twins) == 2 and twins.split.nunique() == 1
+
+
+def test_predictions_and_codes_are_those_of_the_saved_models(finished: Path) -> None:
+    rows = shards(finished).set_index("id")
+    predictions = parts(finished / "predictions").set_index("id")
+    codes = parts(finished / "codes").set_index("id")
+    assert set(predictions.index) == set(codes.index) == set(rows.index)
+    blackbox = classifiers.load(str(finished / "classifier"), ("plain", "spot"))
+    cae = training.load(str(finished / "cae"))
+    some = rows.index[::9]
+    x = to_tensor(np.stack([decode(rows.image[name], 32) for name in some]))
+    with torch.no_grad():
+        p, code = blackbox.probabilities(x).numpy(), cae.encode(x)[0].numpy()
+    np.testing.assert_allclose(np.stack(predictions.probabilities[some].to_list()), p, atol=1e-4)
+    np.testing.assert_allclose(np.stack(codes.class_code[some].to_list()), code, atol=1e-4)
+
+
+def test_every_held_out_image_has_one_explanation_with_a_status(finished: Path) -> None:
+    rows, found = shards(finished), parts(finished / "explanations")
+    held_out = set(rows.id[rows.split != "train"])
+    assert sorted(found.id) == sorted(held_out)
+    assert set(found.status) <= {"flipped", "unflipped", "reconstruction_flipped"}
+    for row in found.itertuples():
+        heat = np.asarray(row.map, np.float32)
+        assert heat.shape == (32 * 32,) and np.isfinite(heat).all() and heat.min() >= 0
+        assert row.counter_id in set(rows.id[rows.split == "train"])
+        assert row.source != row.target
+        if row.status == "flipped":
+            assert row.p_target_end > 0.5
+    overlays = list((finished / "explanations/overlays").glob("*.png"))
+    assert len(overlays) == 3
+
+
+def test_the_tables_follow_from_the_rows(finished: Path) -> None:
+    rows = parts(finished / "evaluation/images")
+    table = pd.read_csv(finished / "evaluation/swap_success.csv").query("direction == 'all'").set_index("split")
+    for split, part in rows.groupby("split"):
+        assert np.isclose(table.success[split], (part.swap_predicted == part.swap_target).mean())
+        assert (part.source != part.swap_target).all()
+    curves = np.stack(rows[rows.measured]["CAE/disjoint"].to_list())
+    perturbation = pd.read_csv(finished / "evaluation/perturbation.csv")
+    row = perturbation.query("measure == 'aopc' and form == 'disjoint' and method == 'CAE'").iloc[0]
+    assert np.isclose(row.value, curves.mean(), atol=1e-6)
+    assert set(perturbation.method) == {"CAE", "Grad-CAM", "random", "Sobel", "centre", "|x - reconstruction|"}
+
+
+def test_the_report_is_one_file_with_every_picture(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    pictures = {path.stem for path in (finished / "figures").glob("*.png")}
+    assert pictures == {"swaps", "paths", "maps", "manifold", "perturbation"}
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert not re.search(r"(src|href)=[\"']https?://(?!.*licence)", page)
+    assert str(finished) in page and "--" not in page.split("<body")[0]
+
+
+def test_mlflow_has_one_run_with_a_nested_run_per_stage(finished: Path) -> None:
+    folder = state(finished)
+    client = mlflow.MlflowClient(f"sqlite:///{finished.parent}/mlflow.db")
+    whole = client.get_run(folder["mlflow_run_id"])
+    assert {"swap_success/test", "aopc_disjoint/cae", "classifier/val/balanced_accuracy"} <= set(whole.data.metrics)
+    assert whole.data.params["batch"] == "4" and whole.data.tags["preset"] == "quick"
+    assert whole.data.tags.keys() >= {"images_train", "dataset"}
+    children = client.search_runs([whole.info.experiment_id], f"tags.mlflow.parentRunId = '{whole.info.run_id}'")
+    assert {run.info.run_name for run in children} == {"shard", "classify", "train", "embed", "explain", "evaluate"}
+    assert all(run.info.status == "FINISHED" for run in [whole, *children])
+    by_name = {run.info.run_name: run for run in children}
+    train = by_name["train"]
+    for term in ("recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "adv2", "cla2", "loss_g", "loss_d"):
+        assert f"train/{term}" in train.data.metrics
+    assert len(client.get_metric_history(train.info.run_id, "train/swap_success")) > 1
+    assert by_name["shard"].inputs.dataset_inputs[0].dataset.digest == folder["stages"]["shard"]["result"]["digest"]
+    assert [a.path for a in client.list_artifacts(train.info.run_id, "cae")] == [
+        "cae/config.json",
+        "cae/model.safetensors",
+    ]
+    assert "report.html" in [a.path for a in client.list_artifacts(whole.info.run_id)]
+
+
+def test_a_second_call_does_nothing_and_says_so(finished: Path, archive: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != "stdout.txt"}
+    again = command("full.py", "--run", str(finished))
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_contradicting_options_are_refused(finished: Path) -> None:
+    for words, says in [
+        (["--lr", "0.5"], "--lr 0.5 contradicts the stage train"),
+        (["--mode", "contrast"], "--mode contrast contradicts the stage explain"),
+        (["--dataset", "synthetic"], "--dataset synthetic contradicts the stage shard"),
+    ]:
+        done = command("full.py", "--run", str(finished), *words)
+        assert done.returncode != 0
+        assert says in done.stderr and "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_stage_progress_is_one_line_each(finished: Path) -> None:
+    out = (finished / "stdout.txt").read_text()
+    for stage in ("shard", "classify", "train", "embed", "explain", "evaluate"):
+        assert len(re.findall(rf"^{stage}  .*\(\d+ s\)$", out, re.M)) == 1
+    assert "report    " in out and "mlflow ui" in out
+    assert TINY and json.dumps(state(finished)["versions"])
+    assert (
+        pq.read_schema(next((finished / "explanations").rglob("*.parquet"))).field("map").type.value_type == "halffloat"
+    )

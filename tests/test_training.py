@@ -1,0 +1,290 @@
+"""Pairs, and the trainer: what it learns, how it goes on after a stop, and on two workers."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cae import checkpoint, training
+from cae.config import LossWeights, ModelConfig, TrainConfig
+from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
+from cae.networks import CAE, Discriminator
+from cae.training import Trainer, draw_pairs
+
+torch.set_num_threads(1)
+TINY = ModelConfig(
+    image_size=32, stem="unshuffle", width=16, blocks=1, mlp_width=16, up_kernel=3, out_kernel=3, disc_width=4,
+    disc_blocks=1, dropout=0.0,
+)  # fmt: skip
+TRAIN = TrainConfig(batch=4, lr=1e-3, lr_halvings=0)
+STEPS = 6
+
+
+def toy_batch(step: int, pairs: int = 4) -> tuple[Tensor, Tensor]:
+    """Pairs of one dark image (class 0) and one bright one (class 1), with noise and a stripe anywhere."""
+    generator = torch.Generator().manual_seed(step)
+    y = torch.randint(2, (pairs,), generator=generator).repeat(2)
+    y[pairs:] = 1 - y[pairs:]
+    x = (y[:, None, None, None] - 0.5) + 0.1 * torch.randn(2 * pairs, 3, 32, 32, generator=generator)
+    for image, row in zip(x, torch.randint(28, (2 * pairs,), generator=generator).tolist(), strict=True):
+        image[:, row : row + 4] += 0.4
+    return x.clamp(-1, 1), y
+
+
+class Brightness(nn.Module):
+    """A black box that knows the toy's truth: bright is class 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logit = 4 * x.mean((1, 2, 3))
+        return torch.stack([-logit, logit], 1)
+
+
+def make_trainer(config: TrainConfig = TRAIN, seed: int = 0, double: bool = False, **options: Any) -> Trainer:
+    torch.manual_seed(seed)
+    cae, discriminator = CAE(TINY), Discriminator(TINY, 2)
+    if double:
+        cae, discriminator = cae.double(), discriminator.double()
+    blackbox = None if config.class_head == "learned" else Brightness()
+    return Trainer(cae, discriminator, config, LossWeights(), STEPS, blackbox, **options)
+
+
+def parameters(trainer: Trainer) -> list[Tensor]:
+    modules = [trainer.cae, trainer.discriminator, trainer.best]
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+# --- pairs
+
+LABELS = np.random.default_rng(0).permutation(np.repeat([0, 2, 5], [3, 40, 200]))
+
+
+@pytest.mark.parametrize("pairs", [8, 100, 1000])
+def test_pairs_are_even_over_class_pairs_and_over_the_images_of_a_class(pairs: int) -> None:
+    drawn = draw_pairs(LABELS, TrainConfig(pairs=pairs, batch=4), seed=1)
+    assert drawn.index.shape == drawn.flip.shape == (pairs, 2)
+    kinds = LABELS[drawn.index]
+    assert (kinds[:, 0] != kinds[:, 1]).all()
+    counts = Counter(tuple(sorted(kind)) for kind in kinds.tolist())
+    assert set(counts) == {(0, 2), (0, 5), (2, 5)}
+    assert max(counts.values()) - min(counts.values()) <= 1
+    for label in (0, 2, 5):
+        uses = [int((drawn.index == i).sum()) for i in np.flatnonzero(label == LABELS)]
+        assert max(uses) - min(uses) <= 1
+        assert sum(uses) == (kinds == label).sum()
+
+
+def test_each_class_stands_first_as_often_as_second() -> None:
+    kinds = LABELS[draw_pairs(LABELS, TrainConfig(pairs=3000), seed=0).index]
+    for label in (0, 2, 5):
+        assert (kinds[:, 0] == label).sum() / (kinds == label).sum() == pytest.approx(0.5, abs=0.05)
+
+
+def test_pairs_depend_on_the_seed_and_on_nothing_else() -> None:
+    config = TrainConfig(pairs=64, batch=8)
+    first, again, other = (draw_pairs(LABELS, config, seed) for seed in (3, 3, 4))
+    assert (first.index == again.index).all() and (first.flip == again.flip).all()
+    assert (first.index != other.index).any() and (first.flip != other.flip).any()
+    np.random.rand(10)  # the global state has no say
+    assert (draw_pairs(LABELS, config, 3).index == first.index).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_flips(share: float) -> None:
+    flip = draw_pairs(LABELS, TrainConfig(pairs=2000, flip=share), seed=0).flip
+    assert flip.mean() == pytest.approx(share, abs=0.03)
+    assert flip.all() if share == 1 else not flip.any() if share == 0 else 0 < flip[:, 0].mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (TrainConfig(pairs=103, batch=8), 96),  # whole steps
+        (TrainConfig(pairs=3, batch=8), 8),  # one step at least
+        (TrainConfig(pairs=10_000, epochs=2.0, batch=2), 486),  # 243 images
+        (TrainConfig(pairs=100, epochs=2.0, batch=2), 100),
+    ],
+)
+def test_how_many_pairs(config: TrainConfig, count: int) -> None:
+    assert len(draw_pairs(LABELS, config, 0).index) == count
+
+
+def test_one_class_makes_no_pairs() -> None:
+    with pytest.raises(ValueError, match="two classes") as error:
+        draw_pairs(np.full(9, 2), TRAIN, 0)
+    assert "\n" not in str(error.value)
+
+
+# --- the trainer
+
+
+@pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox"])
+def test_a_toy_is_learned(class_head: Any) -> None:
+    trainer = make_trainer(replace(TRAIN, lr=4e-3, class_head=class_head))
+    history = [{name: float(term) for name, term in trainer.step(*toy_batch(i, pairs=2)).items()} for i in range(40)]
+    names = {"recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "loss_g", "adv2", "cla2", "loss_d"}
+    assert set(history[0]) == names | ({"distil"} if class_head == "distilled" else set())
+    first, last = ({n: np.mean([h[n] for h in part]) for n in names} for part in (history[:5], history[-5:]))
+    for name in ("recon_x", "recon_s", "cyc_x", "cla1", "cla2", "loss_g"):
+        assert last[name] < 0.5 * first[name], name
+    x, y = toy_batch(99, pairs=16)
+    with torch.no_grad():
+        c, s = trainer.cae.encode(x)
+        swap = trainer.cae.decode(partner(c), s)
+    assert (Brightness()(swap).argmax(1) == partner(y)).float().mean() > 0.9
+
+
+def test_each_player_gets_one_gradient_a_step_and_its_own() -> None:
+    trainer = make_trainer(replace(TRAIN, lr=0.0))
+    counts: Counter[int] = Counter()
+    both = [*trainer.cae.parameters(), *trainer.discriminator.parameters()]
+    for i, p in enumerate(both):
+        p.register_hook(lambda grad, i=i: counts.update([i]))
+    x, y = toy_batch(0)
+    trainer.step(x, y)
+    assert counts == dict.fromkeys(range(len(both)), 1)
+    assert all(p.requires_grad for p in both)
+
+    # With the learning rate at 0 the gradients left behind are those of the first weights.
+    cae, discriminator = copy.deepcopy(trainer.cae), copy.deepcopy(trainer.discriminator)
+    terms, swap = GeneratorObjective(cae, discriminator, LossWeights())(x, y)
+    for player, loss, kept in (
+        (cae, terms["loss_g"], trainer.cae),
+        (
+            discriminator,
+            DiscriminatorObjective(discriminator, LossWeights())(x, swap, y)["loss_d"],
+            trainer.discriminator,
+        ),
+    ):
+        expected = torch.autograd.grad(loss, list(player.parameters()))
+        for gradient, p in zip(expected, kept.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+
+
+def test_learning_rate_halves_at_even_distances() -> None:
+    trainer = make_trainer(replace(TRAIN, lr=0.8, lr_halvings=3))  # 6 steps
+    rates = []
+    for i in range(STEPS):
+        rates.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
+        trainer.step(*toy_batch(i, pairs=1))
+    assert rates == [[rate] * 2 for rate in (0.8, 0.8, 0.4, 0.4, 0.2, 0.2)]
+
+
+def test_adam_is_set_as_configured() -> None:
+    trainer = make_trainer(replace(TRAIN, betas=(0.3, 0.9), weight_decay=0.02))
+    for optimizer, player in zip(trainer.optimizers, (trainer.cae, trainer.discriminator), strict=True):
+        [group] = optimizer.param_groups
+        assert group["betas"] == (0.3, 0.9) and group["weight_decay"] == 0.02
+        assert {id(p) for p in group["params"]} == {id(p) for p in player.parameters()}
+
+
+def test_best_is_the_running_average_of_the_weights() -> None:
+    trainer = make_trainer(replace(TRAIN, ema=0.7))
+    slow: list[Tensor] = []
+    for i in range(4):
+        trainer.step(*toy_batch(i))
+        now = [p.detach().clone() for p in trainer.cae.parameters()]
+        slow = [0.7 * a + 0.3 * b for a, b in zip(slow, now, strict=True)] if slow else now
+    for ours, expected in zip(trainer.best.parameters(), slow, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert trainer.best is not trainer.cae
+
+
+def test_without_an_average_best_is_the_cae() -> None:
+    trainer = make_trainer(replace(TRAIN, ema=0.0))
+    assert trainer.best is trainer.cae
+
+
+@pytest.mark.parametrize("class_head", ["distilled", "blackbox"])
+def test_a_class_head_that_asks_the_classifier_needs_one(class_head: Any) -> None:
+    config = replace(TRAIN, class_head=class_head)
+    with pytest.raises(ValueError, match=f"{class_head} needs the classifier"):
+        Trainer(CAE(TINY), Discriminator(TINY, 2), config, LossWeights(), STEPS)
+
+
+@pytest.mark.parametrize("class_head", ["learned", "distilled"])
+def test_going_on_from_a_state_is_as_if_never_stopped(class_head: Any) -> None:
+    config = replace(TRAIN, ema=0.9, lr_halvings=3, class_head=class_head)
+    whole = make_trainer(config)
+    for i in range(3):
+        whole.step(*toy_batch(i))
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed = make_trainer(config, seed=9)
+    assert any(not torch.equal(a, b) for a, b in zip(parameters(whole), parameters(resumed), strict=True))
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.step_count == 3
+    for i in range(3, STEPS):
+        ours, theirs = resumed.step(*toy_batch(i)), whole.step(*toy_batch(i))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for a, b in zip(parameters(whole), parameters(resumed), strict=True):
+        assert torch.equal(a, b)
+    assert resumed.step_count == whole.step_count == STEPS
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    trainer = make_trainer(replace(TRAIN, ema=0.5))
+    trainer.step(*toy_batch(0))
+    folder, (x, _) = str(tmp_path / "run" / "cae"), toy_batch(1)
+    training.save(folder, trainer.best, ("left", "right"), weights={"recon_x": 10.0})
+    loaded = training.load(folder)
+    assert loaded.config == TINY
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(loaded(x), trainer.best(x))
+    _, about = checkpoint.read_model(folder)
+    assert about["classes"] == ["left", "right"] and about["weights"] == {"recon_x": 10.0}
+
+
+def test_load_says_in_a_line_what_is_missing(tmp_path: Path) -> None:
+    checkpoint.save_model(str(tmp_path / "other"), nn.Linear(1, 1), {"kind": "classifier"})
+    for folder, says in (("nothing", "no model in"), ("other", "is no CAE")):
+        with pytest.raises(ValueError, match=says) as error:
+            training.load(str(tmp_path / folder))
+        assert "\n" not in str(error.value)
+
+
+# --- two workers
+
+WORLD = 2
+DISTRIBUTED = replace(TRAIN, ema=0.5, class_head="distilled")
+
+
+def worker(rank: int, folder: str) -> None:
+    """Three steps on this worker's half of every batch; leaves all parameters in the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    # Other first weights on the second worker: wrapping must bring them together.
+    trainer = make_trainer(DISTRIBUTED, seed=rank, double=True, wrap=DistributedDataParallel)
+    for i in range(3):
+        x, y = toy_batch(i)
+        mine = torch.cat([torch.arange(4)[rank::WORLD], torch.arange(4, 8)[rank::WORLD]])
+        trainer.step(x[mine].double(), y[mine])
+    torch.save(parameters(trainer), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_workers_end_with_the_parameters_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    # In double precision: Adam would blow up the rounding in gradients that are 0 but for it (biases before a norm).
+    single = make_trainer(DISTRIBUTED, double=True)
+    first = parameters(single)
+    for i in range(3):
+        x, y = toy_batch(i)
+        single.step(x.double(), y)
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=WORLD)
+    ends = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    for end in ends:
+        for ours, theirs in zip(end, parameters(single), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert max(float((a - b).abs().max()) for a, b in zip(first, parameters(single), strict=True)) > 1e-3
