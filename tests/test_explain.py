@@ -204,6 +204,9 @@ def test_a_reconstruction_of_another_class_is_said_to_be_one() -> None:
     # b is said to see class 1 (0) in x, but sees class 0 (1: the target itself) in the reconstruction.
     found = run(torch.cat([image(-0.2), image(0.7)]), [1, 0], [2, 1], [[-0.3, 0.9], [0.9, -0.5]])
     assert found.status == ["reconstruction_flipped"] * 2
+    # The path never starts before the reconstruction: where that is of the target class already, the end is the first
+    # point that bisection reaches.
+    assert found.flip_at[1].item() == pytest.approx(1 / (8 * 2**4))
     # Even where the path then never reaches the target.
     assert run(image(-0.2), [1], [2], [[-0.2, -0.4]]).status == ["reconstruction_flipped"]
 
@@ -218,6 +221,25 @@ def test_values_that_are_not_finite_fail_alone() -> None:
         assert found.status == ["flipped", "failed", "failed", "failed"]
         alone = run(x[:1], [0], [1], codes[:1], mode=mode)
         assert torch.allclose(found.map[0], alone.map[0], atol=1e-7) and found.flip_at[0] == alone.flip_at[0]
+
+
+def test_frames_that_are_not_finite_fail_though_b_overlooks_it() -> None:
+    class Holed(ToyCAE):
+        def decode(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
+            image = super().decode(class_code, individual_code)
+            image[:, :, 0, 0] = torch.nan
+            return image
+
+    class Overlooks(ToyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.nan_to_num())
+
+    for mode in ("path", "contrast", "input"):
+        found = explain(
+            cast(CAE, Holed()), BlackBox(Overlooks(), B.classes), image(-0.2), torch.tensor([0]), torch.tensor([1]),
+            torch.tensor([[0.9, -0.5]]), mode=mode,
+        )  # fmt: skip
+        assert found.status == ["failed"] and found.frame_p.isfinite().all()
 
 
 def test_mixed_batch_equals_one_by_one() -> None:
@@ -317,6 +339,7 @@ def test_batched_equals_slow_loop(mode: str, steps: int, refine: int, margin: fl
     p = blackbox.probabilities(network(x).detach())
     source, target = p.argmax(1), p.argsort(1, descending=True)[:, 1]
     source[0], target[1] = (source[0] + 1) % 4, p[1].argmin()
+    source[2], target[2] = target[2], source[2]  # the reconstruction is of the target class
     found = explain(
         network, blackbox, x, source, target, codes, mode=mode, steps=steps, refine=refine, margin=margin  # type: ignore[arg-type]
     )  # fmt: skip
