@@ -268,7 +268,7 @@ def _expose(rng: Generator, field: np.ndarray, x: np.ndarray, y: np.ndarray) -> 
 
 def _lesion(rng: Generator, lungs: tuple[_Lung, _Lung], kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """What a lesion of this kind adds to the brightness; place, size and strength don't depend on the kind."""
-    radius, strength = rng.uniform(0.14, 0.25), rng.uniform(0.3, 0.45)
+    radius, strength = rng.uniform(0.2, 0.32), rng.uniform(0.42, 0.6)
     centre_x, centre_y = _spot(rng, lungs, radius)
     angle, squeeze = rng.uniform(0, np.pi), rng.uniform(0.8, 1.0)
     lobes, phase = rng.uniform(0.0, 0.1), rng.uniform(0, 2 * np.pi)

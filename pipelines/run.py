@@ -128,6 +128,8 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     dataset, preset, folder = (_peek(argv, name) for name in ("dataset", "preset", "run"))
     if preset is None:
         preset = "standard" if torch.cuda.is_available() else "quick"
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     if folder is None and dataset:
         folder = f"{_default_base()}/{Path(dataset.rstrip('/')).stem}-{preset}"
     if folder and "://" not in folder:
@@ -190,9 +192,9 @@ def _default_base() -> str:
     return os.environ.get("CAE_RUNS") or (os.path.expanduser("~/cae-runs") if in_job else "runs")
 
 
-def _from_dict(cls: type, stored: dict[str, Any], preset: str) -> Any:
+def _from_dict(cls: type, stored: dict[str, Any], preset: Preset) -> Any:
     """An options object: stored values where there are any, else the preset's, else the class's own defaults."""
-    row = next((row for name, row in PRESETS.items() if name == preset), PRESETS["quick"])  # tyro names a wrong one
+    row = PRESETS[preset]
     values, hints = {}, get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):

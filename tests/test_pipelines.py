@@ -92,7 +92,7 @@ def test_the_tables_follow_from_the_rows(finished: Path) -> None:
 def test_the_report_is_one_file_with_every_picture(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     pictures = {path.stem for path in (finished / "figures").glob("*.png")}
-    assert pictures == {"swaps", "paths", "maps", "manifold", "perturbation"}
+    assert pictures == {"swaps", "paths", "maps", "manifold", "perturbation", "training"}
     assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.search(r"(src|href)=[\"']https?://(?!.*licence)", page)
     assert str(finished) in page and "--" not in page.split("<body")[0]
