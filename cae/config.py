@@ -142,7 +142,7 @@ PRESETS: dict[Preset, PresetConfig] = {
             image_size=64, channels=0, stem="unshuffle", width=64, blocks=3, mlp_width=128, upsample="bilinear",
             up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, disc_init="kaiming", dropout=0.0,
         ),
-        TrainConfig(pairs=20_000, epochs=3.0, batch=8, lr=4e-4, lr_halvings=4, ema=0.995, class_head="distilled"),
+        TrainConfig(pairs=20_000, epochs=3.0, batch=4, lr=4e-4, lr_halvings=4, ema=0.995, class_head="distilled"),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
     ),
 }  # fmt: skip

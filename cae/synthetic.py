@@ -25,7 +25,7 @@ CLASSES = ("normal", "nodule", "ring", "streaks")
 class Synthetic:
     """Which images the dataset holds. Raises ValueError for values that can't be drawn."""
 
-    images: int = 1200
+    images: int = 1000
     """Images in all splits together, 5 or more for each class."""
     size: int = 64
     """Height and width, 32 or more."""

@@ -47,7 +47,7 @@ class ShardOptions(RunOptions):
 
     data_root: str = ""
     """Folder (or s3://…) that holds the named data sets. Default: $CAE_DATA, else ./data."""
-    images: int = 1200
+    images: int = 1000
     """Images to generate for the data set `synthetic`."""
     classes: int = 2
     """Classes of the data set `synthetic`: 2 or 4."""
