@@ -16,7 +16,7 @@ from cae.classifiers import BlackBox
 from cae.networks import CAE
 
 Mode = Literal["path", "contrast", "input"]
-FRAMES_AT_ONCE = 512  # decoded together; bounds memory
+PIXELS_AT_ONCE = 512 * 64 * 64  # decoded together; bounds memory whatever the images' size
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,14 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     batch, size = len(x), x.shape[-2:]
     class_code, individual_code = cae.encode(x)
     rows = torch.arange(batch, device=x.device)
+    at_once = max(1, PIXELS_AT_ONCE // size.numel())
 
     def frames_at(t: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (B, T, 3, H, W) and probabilities (B, T, C) at shares t (B, T) of the way."""
         codes = torch.lerp(class_code[:, None], counter_code[:, None], t[:, :, None])  # (B, T, D)
         individual = individual_code[:, None].expand(-1, t.shape[1], -1, -1, -1)
         frames, probabilities = [], []
-        for chunk in torch.arange(t.numel(), device=x.device).split(FRAMES_AT_ONCE):
+        for chunk in torch.arange(t.numel(), device=x.device).split(at_once):
             image, step = chunk // t.shape[1], chunk % t.shape[1]
             decoded = cae.decode(codes[image, step], individual[image, step])
             frames.append(decoded)

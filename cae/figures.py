@@ -1,8 +1,7 @@
 """Every picture: functions from plain arrays to a matplotlib Figure, which the caller saves with `fig.savefig(path)`.
 
 Legend: N images, K frames, S steps, C classes, H height, W width. Images are uint8 (N, H, W, 3), maps are floats
-(N, H, W), larger = more important. Where the originals are grey, what was generated from them is drawn in grey too
-(the mean of the channels). Wrong shapes raise ValueError.
+(N, H, W), larger = more important. Images are drawn as they are, tints included. Wrong shapes raise ValueError.
 
 Nothing here touches pyplot or matplotlib's global settings, so several threads may draw at once.
 """
@@ -68,12 +67,11 @@ def swaps(
         "class donor": donors,
     }
     count = _same_shape(rows, captions)
-    grey = _is_grey(originals)
     fig, axes = _grid(len(rows), [1.0] * count, originals.shape[1:3], left=1.75, below=0.4)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         _row_label(line[0], name)
         for ax, image in zip(line, images, strict=True):
-            _show(ax, image, grey)
+            _show(ax, image)
     for ax, caption in zip(axes[-1], captions, strict=True):
         ax.set_xlabel(_wrap(caption, _column(count)), fontsize=8, color=INK)
     return _finished(fig)
@@ -101,16 +99,15 @@ def path_strips(
             raise ValueError(
                 f"path_strips: image {row} has {len(strip)} frames and {len(p)} probabilities; pass one each"
             )
-    grey = _is_grey(originals)
     shown = min(FRAMES, max(len(strip) for strip in frames))
     fig, axes = _grid(count, [1, GAP, *[1] * shown, GAP, 1, 1], originals.shape[1:3], left=1.5, below=0.25 * count)
     for row, line in enumerate(axes):
         original, path, (bare, on_image) = line[0], line[2 : 2 + shown], line[-2:]
         _row_label(original, _wrap(captions[row], 24))
-        _show(original, originals[row], grey)
+        _show(original, originals[row])
         last = len(frames[row]) - 1
         for ax, k in zip(path, np.unique(np.linspace(0, last, shown).round().astype(int)), strict=False):
-            _show(ax, frames[row][k], grey)
+            _show(ax, frames[row][k])
             _probability(ax, float(probabilities[row][k]))
         low, high = _limits(maps[row])
         bare.imshow(maps[row], cmap=HEAT, vmin=low, vmax=high)
@@ -133,11 +130,10 @@ def maps_by_method(images: np.ndarray, maps: Mapping[str, np.ndarray], captions:
     for name, values in maps.items():
         if values.shape != images.shape[:3]:
             raise ValueError(f"maps_by_method: maps of {name!r} are {values.shape}, the images need {images.shape[:3]}")
-    grey = _is_grey(images)
     fig, axes = _grid(count, [1, GAP, *[1] * len(maps)], images.shape[1:3], left=1.3, below=0.0)
     for row, line in enumerate(axes):
         _row_label(line[0], _wrap(captions[row], 22))
-        _show(line[0], images[row], grey)
+        _show(line[0], images[row])
         for ax, values in zip(line[2:], maps.values(), strict=True):
             ax.imshow(overlay(images[row], values[row]))
     _heading(axes[0, 0], "image")
@@ -165,20 +161,19 @@ def swap_grid(
         raise ValueError(f"swap_grid: combinations are {combinations.shape}, they must be {(rows, *originals.shape)}")
     if probabilities is not None and probabilities.shape != (rows, count):
         raise ValueError(f"swap_grid: probabilities are {probabilities.shape}, they must be {(rows, count)}")
-    grey = _is_grey(originals)
     below = 0.0 if probabilities is None else 0.22 * rows
     fig, axes = _grid(rows + 2, [1, GAP, *[1] * count], originals.shape[1:3], left=1.2, below=below, gap_row=1)
     body = np.delete(axes, 1, axis=0)
     corner = "individual\ncode  →\n\nclass\ncode  ↓"
     body[0, 0].text(0.96, 0.5, corner, ha="right", va="center", fontsize=8.5, color=MUTED)
     for ax, image in zip(body[0, 2:], originals, strict=True):
-        _show(ax, image, grey)
+        _show(ax, image)
     for row, line in enumerate(body[1:]):
-        _show(line[0], donors[row], grey)
+        _show(line[0], donors[row])
         if captions is not None:
             _row_label(line[0], _wrap(captions[row], 20))
         for column, ax in enumerate(line[2:]):
-            _show(ax, combinations[row, column], grey)
+            _show(ax, combinations[row, column])
             if probabilities is not None:
                 _probability(ax, float(probabilities[row, column]))
     return _finished(fig)
@@ -373,11 +368,8 @@ def _grid(
     return fig, axes
 
 
-def _show(ax: Axes, image: np.ndarray, grey: bool) -> None:
-    if grey:
-        ax.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
-    else:
-        ax.imshow(image)
+def _show(ax: Axes, image: np.ndarray) -> None:
+    ax.imshow(image)
 
 
 def _heading(ax: Axes, text: str, weight: str = "normal") -> None:
@@ -417,11 +409,6 @@ def _limits(heat: np.ndarray) -> tuple[float, float]:
         return 0.0, 0.0
     low, high = np.percentile(finite, (0.5, 99.5))
     return (float(low), float(high)) if high > low else (float(finite.min()), float(finite.max()))
-
-
-def _is_grey(images: np.ndarray) -> bool:
-    # Three levels of slack: JPEG's colour rounding.
-    return bool(np.ptp(images, axis=-1).max() <= 3)
 
 
 def _palette(count: int) -> list[Any]:

@@ -118,12 +118,10 @@ def test_swaps_show_the_arrays_row_by_row() -> None:
     assert Image.open(io.BytesIO(png(fig))).width > 100
 
 
-def test_what_is_generated_from_grey_images_is_drawn_in_grey() -> None:
+def test_tints_of_what_is_generated_are_shown() -> None:
     originals, tinted = grey_images(2), colour_images(2)
     drawn = shown(figures.swaps(originals, tinted, tinted, originals, ["", ""]))
-    np.testing.assert_array_equal(drawn[0], originals[0, ..., 0])
-    np.testing.assert_allclose(drawn[2], tinted[0].mean(-1))
-    assert all(array.ndim == 2 for array in drawn)
+    np.testing.assert_array_equal(drawn[2], tinted[0])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_maps_by_method_lays_each_map_on_its_image() -> None:
     fig = figures.maps_by_method(images, maps, ["first", "second"])
     drawn = shown(fig)
     assert len(drawn) == 6
-    np.testing.assert_array_equal(drawn[0], images[0, ..., 0])
+    np.testing.assert_array_equal(drawn[0], images[0])
     np.testing.assert_array_equal(drawn[5], figures.overlay(images[1], maps["LIME"][1]))
     assert [ax.get_title() for ax in fig.axes if ax.get_title()] == ["image", "CAE path", "LIME"]
     with pytest.raises(ValueError, match="LIME"):
