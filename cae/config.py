@@ -121,7 +121,7 @@ class PresetConfig:
 
     model: ModelConfig
     train: TrainConfig
-    classifier: ClassifierConfig
+    resnet: ClassifierConfig
 
 
 PRESETS: dict[Preset, PresetConfig] = {
