@@ -21,7 +21,7 @@ import ray
 import torch
 
 from cae.images import Fit, UnreadableImage, decode
-from pipelines.cluster import device_of, threads_for
+from pipelines.cluster import cores, gpus_of, threads_for
 from pipelines.run import Run, RunOptions, UserError
 
 Unit = dict[str, Any]
@@ -58,12 +58,8 @@ def bulk(
         print(f"{stage:9} {len(units) - len(pending)} of {len(units)} parts are there already", flush=True)
     if not pending:
         return
-    device = device_of(options)
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if device == "cuda" else 0
-    cores = os.cpu_count() or 1
-    actors = min(len(pending), options.workers or gpus or max(cores, int(ray.cluster_resources()["CPU"]) // 2))
-    if not gpus and not options.workers and "RAY_ADDRESS" not in os.environ:
-        actors = min(actors, cores)
+    gpus = gpus_of(options)
+    actors = min(len(pending), options.workers or gpus or cores())
     data = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
         _Task,  # type: ignore[arg-type]  # a class whose instances are called, as Ray Data's actors want it
         fn_constructor_kwargs={
@@ -143,11 +139,11 @@ def split_of(unit: Unit) -> str:
     return unit["shard"].split("/")[0].removeprefix("split=")
 
 
-def read_unit(run: Run, unit: Unit) -> pa.Table:
+def read_unit(run: Run, unit: Unit, columns: list[str] | None = None) -> pa.Table:
     """The shard rows of a unit."""
     base = run.fs._strip_protocol(run.path("shards"))
     with run.fs.open(f"{base}/{unit['shard']}") as file:
-        return pq.ParquetFile(file).read_row_group(unit["group"])
+        return pq.ParquetFile(file).read_row_group(unit["group"], columns)
 
 
 def decode_all(images: list[bytes], size: int, fit: Fit) -> tuple[np.ndarray, list[str]]:
@@ -169,10 +165,9 @@ def read_images(run: Run, ids: np.ndarray, size: int, fit: Fit) -> np.ndarray:
     place = {name: i for i, name in enumerate(ids)}
     out = np.empty((len(ids), size, size, 3), np.uint8)
     for unit in shard_units(run):
-        table = read_unit(run, unit).select(["id", "image"])
-        rows = [i for i, name in enumerate(table["id"].to_pylist()) if name in place]
+        rows = [i for i, name in enumerate(read_unit(run, unit, ["id"])["id"].to_pylist()) if name in place]
         if rows:
-            table = table.take(rows)
+            table = read_unit(run, unit, ["id", "image"]).take(rows)
             arrays, _ = decode_all(table["image"].to_pylist(), size, fit)
             out[[place[name] for name in table["id"].to_pylist()]] = arrays
     return out

@@ -39,12 +39,27 @@ def connect() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def device_of(options: RunOptions) -> str:
-    """The device that `--device` asks for, `auto` meaning the GPUs that the cluster has. Raises UserError."""
-    gpus = ray.cluster_resources().get("GPU", 0)
+def gpus_of(options: RunOptions) -> int:
+    """GPUs to use: all that the cluster has, none with `--device cpu`. Raises UserError where `cuda` has none."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
     if options.device == "cuda" and not gpus:
         raise UserError("--device cuda, but this Ray cluster has no GPU: leave --device out to use the CPUs")
-    return "cpu" if options.device == "cpu" or not gpus else "cuda"
+    return 0 if options.device == "cpu" else gpus
+
+
+def device_of(options: RunOptions) -> str:
+    """Device of the bulk stages' models."""
+    return "cuda" if gpus_of(options) else "cpu"
+
+
+def cores() -> int:
+    """CPU cores of the cluster; of this machine for Ray inside this process, which has more slots than cores."""
+    return int(ray.cluster_resources()["CPU"]) if "RAY_ADDRESS" in os.environ else os.cpu_count() or 1
+
+
+def train_workers(options: RunOptions) -> int:
+    """Processes that train together."""
+    return options.workers or gpus_of(options) or 1
 
 
 def place(module: ModuleT, device: torch.device | str) -> ModuleT:
@@ -62,9 +77,7 @@ def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, A
 
     Returns what the loop returns on rank 0.
     """
-    device = device_of(options)
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if device == "cuda" else 0
-    workers = options.workers or gpus or 1
+    gpus, workers = gpus_of(options), train_workers(options)
     trainer = TorchTrainer(
         loop,
         train_loop_config=config | {"threads": threads_for(workers), "tracking": runs.tracking_of_stage()},

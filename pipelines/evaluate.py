@@ -120,7 +120,7 @@ def _units(run: Run, options: EvaluateOptions) -> list[Unit]:
     measured = set(right.id.to_numpy()[rng.permutation(len(right))[: options.evaluated]])
     units = []
     for unit in shard_units(run, tuple(splits)):
-        ids = read_unit(run, unit)["id"].to_pylist()
+        ids = read_unit(run, unit, ["id"])["id"].to_pylist()
         tasks = [{"row": i, "measured": name in measured, **plan[name]} for i, name in enumerate(ids) if name in plan]
         # Short units keep every core busy to the end.
         for start in range(0, len(tasks), 64):

@@ -34,7 +34,8 @@ class ExplainOptions(EmbedOptions):
     splits: tuple[str, ...] = ("val", "test", "archive")
     """Splits to explain; add `train` to explain everything."""
     targets: str = "runner-up"
-    """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name."""
+    """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name
+    (images of that class are then left out)."""
     mode: Mode = "path"
     """How a path becomes a map: `path` (the paper's: frame differences weighted by the rise of the target's
     probability), `contrast` (end against reconstruction) or `input` (end against image)."""
@@ -110,9 +111,10 @@ class ExplainWorker:
             for start in range(0, len(images), BATCH):
                 chosen = slice(start, start + BATCH)
                 rows += self._explain(arrays, ids, p, images[chosen], targets[chosen])
-            for i in range(len(arrays)):
-                if len(rows) and unit["overlays"] > 0:
-                    self._overlay(arrays[i], next(row for row in rows if row["id"] == ids[i]))
+            first = {row["id"]: row for row in reversed(rows)}
+            for array, name in zip(arrays, ids, strict=True):
+                if unit["overlays"] > 0 and name in first:
+                    self._overlay(array, first[name])
                     unit["overlays"] -= 1
         for row in rows:
             row["split"] = split_of(unit)

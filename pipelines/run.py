@@ -135,6 +135,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
+    stored = {name: value for name, value in stored.items() if name not in ("run", "stages")}
     # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
     default = _from_dict(
         options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)
@@ -169,6 +170,8 @@ def _user_error(error: BaseException | None) -> str | None:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             return f"{error.strerror}: {error.filename or 'the run folder'}"
+        if isinstance(error, mlflow.exceptions.MlflowException):
+            return f"MLflow: {str(error).splitlines()[0][:300]} (see --tracking-uri)"
         # Pillow's, torch's and our own ValueErrors look alike; ours fit one line.
         if isinstance(error, ValueError) and "\n" not in str(error):
             return str(error)
@@ -213,7 +216,7 @@ def flat(options: RunOptions) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, value in dataclasses.asdict(options).items():
         if isinstance(value, dict):
-            table |= {f"{name}.{k}" if name == "classifier_config" else k: v for k, v in value.items()}
+            table |= {f"{name}.{k}" if name == "resnet" else k: v for k, v in value.items()}
         else:
             table[name] = value
     return table
@@ -235,7 +238,8 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     table = dataclasses.asdict(options)
     run.state["options"] |= table
     run.state |= {"versions": _versions(), "git": _git_commit()}
-    run.state["stages"][name] = {"options": {field: table[field] for field in ("seed", *own)}}
+    begun_before = run.state["stages"].get(name, {})
+    run.state["stages"][name] = begun_before | {"options": {field: table[field] for field in ("seed", *own)}}
     run.save()
     begun = time.time()
     with _tracked(run, options, name):
@@ -303,25 +307,29 @@ def _tracked(run: Run, options: RunOptions, stage: str) -> Iterator[None]:
     else:
         experiment_id = experiment.experiment_id
     tags = {"dataset": options.dataset, "preset": options.preset, "git": run.state["git"], "run_folder": run.folder}
-    parent = run.state.get("mlflow_run_id")
+    # A stage that was killed goes on in the MLflow runs that it had, in the same store.
+    same = run.state.get("tracking_uri") == uri
+    parent = run.state.get("mlflow_run_id") if same else None
+    earlier = run.state["stages"][stage].get("mlflow_run_id") if same else None
     with mlflow.start_run(run_id=parent, experiment_id=experiment_id, run_name=Path(run.folder).name) as whole:
         if parent is None:
             run.state |= {"mlflow_run_id": whole.info.run_id, "tracking_uri": uri}
             run.save()
         mlflow.set_tags(tags)
         with mlflow.start_run(
+            run_id=earlier,
             experiment_id=experiment_id,
             run_name=stage,
             nested=True,
             log_system_metrics=True,
             tags=tags | {"stage": stage},
         ) as child:
-            table = flat(options)
-            mlflow.log_params(table)
-            for key, value in table.items():
-                if key not in whole.data.params:
-                    client.log_param(whole.info.run_id, key, value)
+            for active in (whole, child):
+                new = {k: v for k, v in flat(options).items() if k not in active.data.params}
+                params = [mlflow.entities.Param(key, str(value)) for key, value in new.items()]
+                client.log_batch(active.info.run_id, params=params)
             run.state["stages"][stage]["mlflow_run_id"] = child.info.run_id
+            run.save()
             yield
 
 

@@ -23,7 +23,7 @@ from cae.networks import CAE, Discriminator
 from pipelines import run as runs
 from pipelines.bulk import read_images, read_table
 from pipelines.classify import ClassifyOptions
-from pipelines.cluster import connect, fit_torch, last_checkpoint, place, report
+from pipelines.cluster import connect, fit_torch, last_checkpoint, place, report, train_workers
 from pipelines.run import Run, UserError
 
 PREVIEWS = 10  # looks at held-out swaps, and checkpoints, over a training
@@ -44,6 +44,9 @@ class TrainOptions(ClassifyOptions):
 def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     """Train the CAE on the train split and save it in `cae/`; returns its last figures on held-out swaps."""
     connect()
+    workers = train_workers(options)
+    if options.train.batch % workers:
+        raise UserError(f"--batch {options.train.batch} does not divide among {workers} workers: choose a multiple")
     chosen = run.result("classify")
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label
@@ -81,8 +84,6 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
     model = ModelConfig(**config["model"])
     index, flip = config["index"], config["flip"]
     steps = len(index) // options.batch
-    if options.batch % world:
-        raise UserError(f"--batch {options.batch} does not divide among {world} workers: choose a multiple")
     images = read_images(run, config["ids"], model.image_size, config["fit"])
     labels = torch.tensor(config["labels"])
 

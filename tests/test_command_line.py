@@ -9,6 +9,7 @@ import pytest
 from conftest import blob, command
 from PIL import Image
 
+from cae.config import PRESETS
 from pipelines import full, shard
 from pipelines import run as runs
 from pipelines.run import Run, UserError
@@ -84,7 +85,8 @@ def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path
     first = runs.parse(
         full.FullOptions, ["--dataset", "synthetic", "--run", folder, "--pairs", "77", "--splits", "val"]
     )
-    assert (first.train.pairs, first.splits, first.model.image_size) == (77, ("val",), 64)
+    assert (first.train.pairs, first.splits, first.model) == (77, ("val",), PRESETS["quick"].model)
+    assert first.resnet == PRESETS["quick"].resnet
     run = Run(folder)
     run.state["options"] = runs.dataclasses.asdict(first)
     run.save()
