@@ -13,11 +13,10 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import ray.train
 import torch
 import torch.nn.functional as F
 import tyro
-from ray.train.torch import get_device, prepare_model
+from ray.train.torch import prepare_model
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from cae import classifiers
@@ -25,7 +24,7 @@ from cae.config import ClassifierConfig, ModelConfig
 from cae.images import Fit, to_tensor
 from pipelines import run as runs
 from pipelines.bulk import Unit, batches, bulk, decode_all, read_images, read_table, read_unit, shard_units, split_of
-from pipelines.cluster import connect, device_of, fit_torch, last_checkpoint, place, report
+from pipelines.cluster import connect, device_of, enter_loop, fit_torch, last_checkpoint, place, report
 from pipelines.run import Run, UserError
 from pipelines.shard import ShardOptions, read_index
 
@@ -122,9 +121,7 @@ def _train(run: Run, options: ClassifyOptions, names: tuple[str, ...]) -> None:
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    torch.set_num_threads(config["threads"])
-    context, device = ray.train.get_context(), get_device()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    rank, world, device = enter_loop(config["threads"])
     options = ClassifierConfig(**config["config"])
     images = read_images(Run(config["folder"]), config["ids"], config["size"], config["fit"])
     labels = torch.tensor(config["labels"])

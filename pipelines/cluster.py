@@ -11,7 +11,7 @@ import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from pipelines import run as runs
 from pipelines.run import Run, RunOptions, UserError
@@ -92,6 +92,14 @@ def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, A
         ),
     )
     return trainer.fit().return_value  # type: ignore[attr-defined]
+
+
+def enter_loop(threads: int) -> tuple[int, int, torch.device]:
+    """Called first in a training loop: this worker's rank, the number of workers, and its device."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every checkpoint
+    torch.set_num_threads(threads)
+    context = ray.train.get_context()
+    return context.get_world_rank(), context.get_world_size(), get_device()
 
 
 def report(state: dict[str, Any] | None) -> None:

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import ray.train
 import torch
 import tyro
-from ray.train.torch import get_device, prepare_model
+from ray.train.torch import prepare_model
 from torch import Tensor
 
 from cae import classifiers, figures, training
@@ -23,7 +22,7 @@ from cae.networks import CAE, Discriminator
 from pipelines import run as runs
 from pipelines.bulk import read_images, read_table
 from pipelines.classify import ClassifyOptions
-from pipelines.cluster import connect, fit_torch, last_checkpoint, place, report, train_workers
+from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, train_workers
 from pipelines.run import Run, UserError
 
 PREVIEWS = 10  # looks at held-out swaps, and checkpoints, over a training
@@ -76,9 +75,7 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, float]:
-    torch.set_num_threads(config["threads"])
-    context, device = ray.train.get_context(), get_device()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    rank, world, device = enter_loop(config["threads"])
     run, names = Run(config["folder"]), config["names"]
     options = TrainConfig(**config["train"])
     model = ModelConfig(**config["model"])

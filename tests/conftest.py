@@ -30,7 +30,7 @@ def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess
     """Run a pipeline as a user does, from another folder."""
     return subprocess.run(
         [sys.executable, str(ROOT / "pipelines" / script), *words],
-        capture_output=True, text=True, timeout=280, cwd="/", env=os.environ | env,
+        capture_output=True, text=True, timeout=500, cwd="/", env=os.environ | env,
     )  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""A run whose driver is killed (kill -9) in train and in explain goes on to the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from conftest import ROOT, command, state
+from safetensors.numpy import load_file
+
+
+def kill_when(happens: Callable[[], bool], script: str, folder: Path) -> None:
+    """Start a stage and kill -9 its driver as soon as something is seen."""
+    words = [sys.executable, str(ROOT / "pipelines" / script), "--run", str(folder)]
+    with open(folder / f"{script}.log", "w") as log:
+        driver = subprocess.Popen(words, stdout=log, stderr=log, cwd="/")
+        deadline = time.time() + 200
+        while not happens():
+            assert driver.poll() is None, (folder / f"{script}.log").read_text()[-3000:]
+            assert time.time() < deadline, "nothing to kill happened"
+            time.sleep(0.02)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+
+def explained(folder: Path) -> pd.DataFrame:
+    parts = [pd.read_parquet(path) for path in sorted(folder.glob("explanations/split=*/*.parquet"))]
+    return pd.concat(parts).sort_values("id").reset_index(drop=True)
+
+
+def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    shutil.copytree(finished, folder)
+    for done in ("cae", "codes", "manifold", "explanations", "evaluation/images", "checkpoints/train"):
+        shutil.rmtree(folder / done)
+    memory = state(folder)
+    memory["stages"] = {name: memory["stages"][name] for name in ("shard", "classify")}
+    (folder / "run.json").write_text(json.dumps(memory))
+
+    kill_when(lambda: any(folder.glob("checkpoints/train/checkpoint_*/state.pt")), "train.py", folder)
+    assert "result" not in state(folder)["stages"]["train"]
+    for script in ("train.py", "embed.py"):
+        done = command(script, "--run", str(folder))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    ours, theirs = (load_file(path / "cae/model.safetensors") for path in (folder, finished))
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
+
+    kill_when(lambda: any(folder.glob("explanations/split=*/*.parquet")), "explain.py", folder)
+    assert "result" not in state(folder)["stages"]["explain"]
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("explanations/split=*/*.parquet")}
+    done = command("full.py", "--run", str(folder))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert before and {p: p.stat().st_mtime_ns for p in before} == before  # nothing is done twice
+    ours, theirs = explained(folder), explained(finished)
+    assert ours.id.to_list() == theirs.id.to_list() and ours.status.to_list() == theirs.status.to_list()
+    np.testing.assert_allclose(np.stack(ours["map"]), np.stack(theirs["map"]), atol=2e-3)
+    assert (folder / "report.html").exists()
