@@ -1,0 +1,45 @@
+"""Append what a finished run measured to benchmarks/runs.csv: one row a number, with the machine and the date.
+
+python benchmarks/record.py runs/chest_xray-quick "python pipelines/full.py --dataset chest_xray …"
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import sys
+from pathlib import Path
+
+from pipelines.run import Run
+
+TABLE = Path(__file__).with_name("runs.csv")
+COLUMNS = ("date", "machine", "cores", "commit", "command", "stage", "measure", "value")
+
+
+def machine() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main(folder: str, command: str) -> None:
+    """Append the rows of one run."""
+    run = Run(folder)
+    common = {"date": datetime.date.today().isoformat(), "machine": machine(), "cores": os.cpu_count(),
+              "commit": run.state["git"][:10], "command": command}  # fmt: skip
+    new = not TABLE.exists()
+    with TABLE.open("a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        if new:
+            table.writeheader()
+        for stage, state in run.state["stages"].items():
+            numbers = {"seconds": state["seconds"]} | {k: v for k, v in state["result"].items() if isinstance(v, float)}
+            for measure, value in numbers.items():
+                table.writerow(common | {"stage": stage, "measure": measure, "value": f"{value:.4g}"})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
