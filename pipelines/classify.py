@@ -33,9 +33,6 @@ from pipelines.shard import ShardOptions, read_index
 class ClassifyOptions(ShardOptions):
     """The classifier to explain."""
 
-    classifier: str = ""
-    """The black box: empty to train one, a folder with one saved by this project, or
-    torchvision:NAME@WEIGHTS.safetensors. Its classes must be those of the data, in sorted order."""
     fit: Fit = "crop"
     """How an image becomes square: `crop` its centre, or `squash` it."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=ModelConfig)
@@ -170,7 +167,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         classifiers.save(Run(config["folder"]).path("classifier"), blackbox, options)
 
 
-OWN = ("classifier", "fit", "model", "resnet")
+OWN = ("fit", "model", "resnet")
 
 
 def main(options: ClassifyOptions) -> dict[str, Any]:

@@ -53,6 +53,9 @@ class ShardOptions(RunOptions):
     """Classes of the data set `synthetic`: 2 or 4."""
     shortcut: bool = False
     """Plant a marker that goes with the last class into the data set `synthetic`."""
+    classifier: str = ""
+    """The black box: empty to train one (the images then need labels), a folder with one saved by this project, or
+    torchvision:NAME@WEIGHTS.safetensors. Its classes must be those of the data, in sorted order."""
 
 
 def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
         names = sorted({i.label for i in items or [i for i, _ in data.read_npz(source)] if i.label is not None})
         present = {item.split for item in items or []}
         units = [{"npz": source, "part": "npz.parquet", "rows": 0}] if items is None else _chunks(items)
-        arguments = {"names": names, "present": present, "label_free": bool(getattr(options, "classifier", ""))}
+        arguments = {"names": names, "present": present, "label_free": bool(options.classifier)}
     _start_over_if_changed(run, units)
     bulk(run, options, "shard", units, ShardWorker, "shards/_parts", **arguments)
 
@@ -81,7 +84,7 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
         raise UserError(f"none of the {len(rejected)} files in {source} is a readable image{why}")
     index = read_index(run)
     rows = index.to_pylist()
-    if not getattr(options, "classifier", ""):
+    if not options.classifier:
         data.check_classes([Item("", r["id"], r["split"], r["class_name"], None) for r in rows])
     counts = dict(Counter(row["split"] for row in rows))
     digest = hashlib.sha256("\n".join(sorted(index["id"].to_pylist())).encode()).hexdigest()[:16]
@@ -210,7 +213,7 @@ class ShardWorker:
                     yield item, b"", None  # no image either way; the row says so
 
 
-OWN = ("dataset", "preset", "data_root", "images", "classes", "shortcut")
+OWN = ("dataset", "preset", "data_root", "images", "classes", "shortcut", "classifier")
 
 
 def main(options: ShardOptions) -> dict[str, Any]:
