@@ -43,8 +43,6 @@ class ModelConfig:
     """Channels after the discriminator's first convolution; doubled three times."""
     disc_blocks: int = 2
     """Residual blocks at the end of the discriminator."""
-    disc_init: Literal["normal", "kaiming"] = "normal"
-    """Start of the discriminator: N(0, 0.02) as the authors, which hardly moves in a short training, or Kaiming's."""
     dropout: float = 0.4
     """Dropout before the discriminator's last layer."""
 
@@ -131,7 +129,7 @@ PRESETS: dict[Preset, PresetConfig] = {
     "standard": PresetConfig(
         ModelConfig(
             image_size=128, channels=0, stem="unshuffle", width=128, blocks=4, upsample="bilinear", up_kernel=3,
-            out_kernel=3, disc_init="kaiming", dropout=0.0,
+            out_kernel=3, dropout=0.0,
         ),
         TrainConfig(pairs=100_000, epochs=20.0, batch=8, lr=2e-4, lr_halvings=4, ema=0.999, class_head="distilled"),
         ClassifierConfig(arch="resnet18", epochs=10),
@@ -140,9 +138,9 @@ PRESETS: dict[Preset, PresetConfig] = {
     "quick": PresetConfig(
         ModelConfig(
             image_size=64, channels=0, stem="unshuffle", width=64, blocks=3, mlp_width=128, upsample="bilinear",
-            up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, disc_init="kaiming", dropout=0.0,
+            up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, dropout=0.0,
         ),
-        TrainConfig(pairs=20_000, epochs=3.0, batch=4, lr=4e-4, lr_halvings=4, ema=0.995, class_head="distilled"),
+        TrainConfig(pairs=20_000, epochs=3.0, batch=8, lr=4e-4, lr_halvings=4, ema=0.995, class_head="distilled"),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
     ),
 }  # fmt: skip

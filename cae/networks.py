@@ -188,7 +188,7 @@ class Discriminator(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(hidden, 2 + classes)
         )
-        self.apply(_normal if config.disc_init == "normal" else _kaiming)
+        self.apply(_normal)
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_channels(x, self.channels)
