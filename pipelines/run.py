@@ -363,8 +363,13 @@ def log_dataset(name: str, source: str, digest: str, **counts: int) -> None:
     """The data set as an input of the stage and of the whole run."""
     place = mlflow.data.http_dataset_source.HTTPDatasetSource(source)
     dataset = mlflow.data.meta_dataset.MetaDataset(place, name=name, digest=digest)  # type: ignore[abstract]
-    mlflow.log_input(dataset, context="training")
-    mlflow.set_tags({f"images_{split}": count for split, count in counts.items()})
+    context = mlflow.entities.InputTag("mlflow.data.context", "training")
+    logged = mlflow.entities.DatasetInput(dataset._to_mlflow_entity(), [context])
+    client, active = mlflow.MlflowClient(), _active()
+    for run_id in (active.info.run_id, active.data.tags["mlflow.parentRunId"]):
+        client.log_inputs(run_id, [logged])
+        for split, count in counts.items():
+            client.set_tag(run_id, f"images_{split}", count)
 
 
 def log_figure(figure: Any, name: str) -> None:

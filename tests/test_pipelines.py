@@ -94,8 +94,8 @@ def test_the_report_is_one_file_with_every_picture(finished: Path) -> None:
     pictures = {path.stem for path in (finished / "figures").glob("*.png")}
     assert pictures == {"swaps", "paths", "maps", "manifold", "perturbation", "training"}
     assert page.count("data:image/png;base64,") == len(pictures)
-    assert not re.search(r"(src|href)=[\"']https?://(?!.*licence)", page)
-    assert str(finished) in page and "--" not in page.split("<body")[0]
+    assert not re.search(r"src=.https?:", page)
+    assert str(finished) in page
 
 
 def test_mlflow_has_one_run_with_a_nested_run_per_stage(finished: Path) -> None:
