@@ -96,7 +96,7 @@ def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, A
 
 def enter_loop(threads: int) -> tuple[int, int, torch.device]:
     """Called first in a training loop: this worker's rank, the number of workers, and its device."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every checkpoint
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint
     torch.set_num_threads(threads)
     context = ray.train.get_context()
     return context.get_world_rank(), context.get_world_size(), get_device()

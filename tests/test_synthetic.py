@@ -79,8 +79,8 @@ def test_lesions_are_visible_and_lie_inside_the_lungs() -> None:
         rows, columns = np.nonzero(sample.mask)
         assert 1 < rows.mean() < 60 and 4 < columns.mean() < 60
         contrast.append(without[sample.mask].mean() - without[without > 0.1].mean())
-    assert min(strength) > 0.2 and max(strength) < 0.5
-    assert np.quantile(diameter, 0.05) > 0.1 and np.quantile(diameter, 0.95) < 0.28
+    assert min(strength) > 0.35 and max(strength) < 0.65
+    assert np.quantile(diameter, 0.05) > 0.15 and np.quantile(diameter, 0.95) < 0.38
     assert np.mean(np.array(contrast) < 0.05) > 0.9  # the lungs are the darker part of the body
 
 
