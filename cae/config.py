@@ -26,7 +26,8 @@ class ModelConfig:
     class_dim: int = 8
     """Numbers in the class code (Section IV-A)."""
     stem: Literal["conv", "unshuffle"] = "conv"
-    """`conv`: 7x7 and two strided 4x4 convolutions, as the authors; `unshuffle`: pixel-unshuffle x4 and one 3x3."""
+    """`conv`: 7x7 and two strided 4x4 convolutions, as the authors; `unshuffle`: pixel-unshuffle x4 and one 3x3,
+    without a norm, so that the individual code holds the exposure too and the class code need not."""
     width: int = 256
     """Channels of the individual code, which is `image_size / 4` wide and high."""
     blocks: int = 6
@@ -45,6 +46,9 @@ class ModelConfig:
     """Residual blocks at the end of the discriminator."""
     dropout: float = 0.4
     """Dropout before the discriminator's last layer."""
+    disc_init: Literal["normal", "kaiming"] = "normal"
+    """Weights that the discriminator starts from: `normal` N(0, 0.02), as the authors, or `kaiming`, which learns a
+    small lesion in seconds where the other takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class LossWeights:
     """phi1: the discriminator tells swaps from images, Eq. 8."""
     cla2: float = 2.0
     """phi2: the discriminator names the class of images, Eq. 9."""
+    keep: float = 0.0
+    """Beyond the paper: D_c gives the reconstruction and the cycle of Eq. 4 the image's own class. Without it a short
+    training on two classes may learn to invert the class whatever the code."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class TrainConfig:
     """Pairs per step, over all workers."""
     lr: float = 1e-4
     """Adam's learning rate."""
+    disc_lr: float = 0.0
+    """The discriminator's learning rate; 0: the same. A lower one keeps the adversarial game even."""
     betas: tuple[float, float] = (0.5, 0.999)
     """Adam's beta1 and beta2."""
     weight_decay: float = 1e-4
@@ -91,6 +100,9 @@ class TrainConfig:
     """Decay per step of the averaged generator weights that are kept for use; 0: the last weights, as the authors."""
     flip: float = 0.5
     """Probability that an image is mirrored left to right; 0 where sides matter."""
+    warm_up: int = 0
+    """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes: 0 as
+    the authors."""
     class_head: ClassHead = "learned"
     """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, or `blackbox`: b itself."""
 
@@ -120,6 +132,7 @@ class PresetConfig:
     model: ModelConfig
     train: TrainConfig
     resnet: ClassifierConfig
+    weights: LossWeights = LossWeights()
 
 
 PRESETS: dict[Preset, PresetConfig] = {
@@ -128,20 +141,28 @@ PRESETS: dict[Preset, PresetConfig] = {
     # One GPU, some hours.
     "standard": PresetConfig(
         ModelConfig(
-            image_size=128, channels=0, stem="unshuffle", width=128, blocks=4, upsample="bilinear", up_kernel=3,
-            out_kernel=3, dropout=0.0,
+            image_size=128, channels=0, stem="unshuffle", width=128, blocks=3, upsample="bilinear", up_kernel=3,
+            out_kernel=3, dropout=0.0, disc_init="kaiming",
         ),
-        TrainConfig(pairs=100_000, epochs=20.0, batch=8, lr=2e-4, lr_halvings=4, ema=0.999, class_head="distilled"),
+        TrainConfig(
+            pairs=100_000, epochs=20.0, batch=8, lr=5e-4, disc_lr=1e-4, lr_halvings=4, ema=0.999, warm_up=500,
+            class_head="distilled",
+        ),
         ClassifierConfig(arch="resnet18", epochs=10),
+        LossWeights(keep=1.0),
     ),
     # Two CPU cores, minutes.
     "quick": PresetConfig(
         ModelConfig(
-            image_size=64, channels=0, stem="unshuffle", width=64, blocks=3, mlp_width=128, upsample="bilinear",
-            up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, dropout=0.0,
+            image_size=64, channels=0, stem="unshuffle", width=64, blocks=2, mlp_width=128, upsample="bilinear",
+            up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, dropout=0.0, disc_init="kaiming",
         ),
-        TrainConfig(pairs=20_000, epochs=3.0, batch=8, lr=4e-4, lr_halvings=4, ema=0.995, class_head="distilled"),
+        TrainConfig(
+            pairs=20_000, epochs=3.0, batch=4, lr=7e-4, disc_lr=1e-4, lr_halvings=3, ema=0.995, warm_up=150,
+            class_head="distilled",
+        ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
+        LossWeights(keep=1.0),
     ),
 }  # fmt: skip
 

@@ -69,6 +69,11 @@ def cla2(class_logits_of_image: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(class_logits_of_image, y)
 
 
+def keep(class_logits: Tensor, y: Tensor) -> Tensor:
+    """Beyond the paper: D_c gives reconstructions and cycles, (4B, C) in this order, the class y (2B,) of the image."""
+    return F.cross_entropy(class_logits, torch.cat([y, y]))
+
+
 class GeneratorObjective(nn.Module):
     """Eq. 7: x (2B, 3, H, W), y (2B,) -> named terms before weights, "loss_g" their weighted sum, and the swaps.
 
@@ -90,16 +95,21 @@ class GeneratorObjective(nn.Module):
         decoded = self.cae.decode(torch.cat([c, partner(c)]), torch.cat([s, s]))  # (4B, 3, H, W)
         reconstruction, swap = decoded.chunk(2)
         c_swap, s_swap = self.cae.encode(swap)
-        logits = discriminator(swap)  # (2B, 2 + C)
-        class_logits = logits[:, 2:] if blackbox is None else blackbox(swap)
+        there_and_back = self.cae.decode(c, s_swap)
+        judged = torch.cat([swap, reconstruction, there_and_back]) if w.keep else swap
+        logits = discriminator(judged)  # (2B or 6B, 2 + C)
+        class_logits = logits[:, 2:] if blackbox is None else blackbox(judged)
+        n = len(x)
         terms = {
             "recon_x": recon_x(reconstruction, x),
             "recon_c": recon_c(c_swap, partner(c)),
             "recon_s": recon_s(s_swap, s),
-            "cyc_x": cyc_x(self.cae.decode(c, s_swap), x),
-            "adv1": adv1(logits),
-            "cla1": cla1(class_logits, partner(y)),
+            "cyc_x": cyc_x(there_and_back, x),
+            "adv1": adv1(logits[:n]),
+            "cla1": cla1(class_logits[:n], partner(y)),
         }
+        if w.keep:
+            terms["keep"] = keep(class_logits[n:], y)
         terms["loss_g"] = 2 * torch.stack([getattr(w, name) * term for name, term in terms.items()]).sum()
         return terms, swap.detach()
 

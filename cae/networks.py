@@ -23,11 +23,9 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
-    """(B, channels, H, W) -> (B, width, H/4, W/4), with `norm` after each convolution."""
+    """(B, channels, H, W) -> (B, width, H/4, W/4), with `norm` after each convolution of the authors' stem."""
     if config.stem == "unshuffle":
-        return nn.Sequential(
-            nn.PixelUnshuffle(4), conv(16 * config.channels, config.width, 3), norm(config.width), nn.ReLU()
-        )
+        return nn.Sequential(nn.PixelUnshuffle(4), conv(16 * config.channels, config.width, 3), nn.ReLU())
     widths = [config.width // 4, config.width // 2, config.width]
     layers = [conv(config.channels, widths[0], 7), norm(widths[0]), nn.ReLU()]
     for c_in, c_out in pairwise(widths):
@@ -177,7 +175,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
-        self.channels = config.channels
+        self.channels, self.classes = config.channels, classes
         widths = [config.disc_width * 2**i for i in range(4)]
         layers: list[nn.Module] = []
         for c_in, c_out in pairwise([config.channels, *widths]):
@@ -188,7 +186,7 @@ class Discriminator(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(hidden, 2 + classes)
         )
-        self.apply(_normal)
+        self.apply(_normal if config.disc_init == "normal" else _kaiming)
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_channels(x, self.channels)

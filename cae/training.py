@@ -5,6 +5,7 @@ Legend: B pairs in a step, so 2B images: the first members, then the second ones
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -12,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cae.checkpoint import read_model, save_model
 from cae.config import LossWeights, ModelConfig, TrainConfig
+from cae.images import to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, needs_blackbox
-from cae.networks import CAE, Discriminator
+from cae.networks import CAE, Discriminator, to_channels
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -88,9 +91,10 @@ class Trainer:
         differentiable = self.blackbox if config.class_head == "blackbox" else None
         self.generator_objective = wrap(GeneratorObjective(cae, discriminator, weights, differentiable))
         self.discriminator_objective = wrap(DiscriminatorObjective(discriminator, weights))
+        rates = (config.lr, config.disc_lr or config.lr)
         self.optimizers = [
-            torch.optim.Adam(player.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
-            for player in (cae, discriminator)
+            torch.optim.Adam(player.parameters(), rate, config.betas, weight_decay=config.weight_decay, fused=True)
+            for player, rate in zip((cae, discriminator), rates, strict=True)
         ]
         self.schedulers = [
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (config.lr_halvings * step // steps))
@@ -157,6 +161,35 @@ class Trainer:
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         self.step_count = state["step_count"]
+
+
+WARM_UP_BATCH, WARM_UP_LR = 32, 5e-4
+
+
+def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: np.ndarray, steps: int,
+            seed: int) -> float:  # fmt: skip
+    """Teach the class encoder and D_c to name the classes of single images, before the first pair.
+
+    A class code that means nothing yet and a D_c that sees no lesion yet teach the decoder to ignore both, and a short
+    training never recovers. `images` (N, S, S, 3) uint8 and `labels` (N,); classes are drawn evenly. The head on the
+    class code is thrown away. Returns the mean loss of the last tenth of the steps.
+    """
+    device = next(cae.parameters()).device
+    rng, members = np.random.default_rng(seed), [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    head = nn.Linear(cae.config.class_dim, discriminator.classes).to(device)
+    players: list[nn.Module] = [cae.class_encoder, head, discriminator]
+    optimizer = torch.optim.Adam([p for player in players for p in player.parameters()], WARM_UP_LR, fused=True)
+    losses = []
+    for _ in range(steps):
+        index = np.array([rng.choice(members[kind]) for kind in rng.integers(len(members), size=WARM_UP_BATCH)])
+        x, y = to_tensor(images[index], device), torch.tensor(labels[index], device=device)
+        code = cae.class_encoder(to_channels(x, cae.config.channels))
+        loss = F.cross_entropy(discriminator(x)[:, 2:], y) + F.cross_entropy(head(code), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach() / 2)
+    return float(torch.stack(losses[-max(1, steps // 10) :]).mean()) if losses else math.nan
 
 
 def save(folder: str, cae: CAE, classes: tuple[str, ...], **about: Any) -> None:

@@ -86,12 +86,18 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
 
     torch.manual_seed(config["seed"])
     blackbox = place(classifiers.load(config["spec"], names), device)
+    cae, discriminator = place(CAE(model), device), place(Discriminator(model, len(names)), device)
+    state = last_checkpoint(device)
+    if state is None and options.warm_up:
+        # Every worker does the same; wrapping for DDP then gives all of them rank 0's weights.
+        loss = training.warm_up(cae, discriminator, images, config["labels"], options.warm_up, config["seed"])
+        if rank == 0:
+            print(f"train     warmed up: {loss:.3f} nats to name a class", flush=True)
     trainer = training.Trainer(
-        place(CAE(model), device), place(Discriminator(model, len(names)), device), options,
+        cae, discriminator, options,
         LossWeights(**config["weights"]), steps, blackbox,
         wrap=lambda module: prepare_model(module, move_to_device=False), bf16=device.type == "cuda",
     )  # fmt: skip
-    state = last_checkpoint(device)
     if state is not None:
         trainer.load_state_dict(state)
         if rank == 0:
