@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 TSNE_POINTS = 4000  # t-SNE's cost grows faster than the number of points
 
@@ -28,6 +26,9 @@ class Projections:
 
 def project(codes: np.ndarray, training: np.ndarray, seed: int = 0) -> Projections:
     """Project codes (N, D) to the plane; `training` (N,) says which are training codes."""
+    from sklearn.decomposition import PCA  # in functions: workers need none of scikit-learn, slow to import
+    from sklearn.manifold import TSNE
+
     fitted = codes[training] if training.sum() > 2 else codes
     pca = PCA(2, random_state=seed).fit(fitted)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(codes))[:TSNE_POINTS])

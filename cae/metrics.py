@@ -13,10 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor
 
 Classifier = Callable[[Tensor], Tensor]
@@ -254,6 +250,12 @@ def separability(codes: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str
     `two_component_share` of the variance; `folds`, ten or the smallest class's size, which `note` then says.
     Raises ValueError if there is one class only, or a class with fewer than 2 codes.
     """
+    # Here, not above: workers that measure maps need none of it, and it takes seconds to import.
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.tree import DecisionTreeClassifier
+
     points, classes = np.asarray(codes, np.float64), np.asarray(labels)
     if points.ndim != 2 or classes.shape != points.shape[:1]:
         raise ValueError(f"codes {points.shape} and labels {classes.shape} do not fit: pass (N, D) and (N,)")

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from ray.train.torch import prepare_model
-from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from cae import classifiers
 from cae.config import ClassifierConfig, ModelConfig
@@ -69,6 +68,8 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
 
 def _accuracy(run: Run, names: tuple[str, ...]) -> pd.DataFrame:
     """One row a split: accuracy, balanced accuracy, recall of each class, on the images with labels."""
+    from sklearn.metrics import balanced_accuracy_score, recall_score  # here: slow to import, and workers need it not
+
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     rows = []
     for split, part in table.dropna(subset=["label"]).groupby("split"):

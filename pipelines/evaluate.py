@@ -117,11 +117,15 @@ def _units(run: Run, options: EvaluateOptions) -> list[Unit]:
     right = codes[(codes.split == measured_split) & codes.id.isin(fine)].sort_values("id")
     if right.label.notna().any():
         right = right[right.label == right.predicted]
+    located = set(right.id)  # where the truth is known, maps are held to it on all of these
     measured = set(right.id.to_numpy()[rng.permutation(len(right))[: options.evaluated]])
     units = []
     for unit in shard_units(run, tuple(splits)):
         ids = read_unit(run, unit, ["id"])["id"].to_pylist()
-        tasks = [{"row": i, "measured": name in measured, **plan[name]} for i, name in enumerate(ids) if name in plan]
+        tasks = [
+            {"row": i, "measured": name in measured, "located": name in located, **plan[name]}
+            for i, name in enumerate(ids) if name in plan
+        ]  # fmt: skip
         # Short units keep every core busy to the end.
         for start in range(0, len(tasks), 64):
             part = f"{unit['part'].removesuffix('.parquet')}-{start:04d}.parquet"
@@ -159,37 +163,47 @@ class EvaluateWorker:
                 table["id"].to_pylist(), tasks, p_x.argmax(1), p_reconstruction.argmax(1), p_swap.argmax(1),
                 p_swap.gather(1, target[:, None])[:, 0], strict=True)
         ]  # fmt: skip
-        chosen = [i for i, task in enumerate(tasks) if task["measured"]]
+        masks = self._masks(table)
+        located = [task["located"] and bool(mask.any()) for task, mask in zip(tasks, masks, strict=True)]
+        chosen = [i for i, task in enumerate(tasks) if task["measured"] or located[i]]
         if chosen:
-            masks = table["mask"].take(chosen).to_pylist()
-            found = self._measure(unit, x[chosen], p_x[chosen].argmax(1), reconstruction[chosen],
-                                  [rows[i]["id"] for i in chosen], masks)  # fmt: skip
-            for i, numbers in zip(chosen, found, strict=True):
-                rows[i] |= numbers
+            maps = self._maps(unit, x[chosen], p_x[chosen].argmax(1), reconstruction[chosen],
+                              [rows[i]["id"] for i in chosen])  # fmt: skip
+            for method, heat in maps.items():
+                self._measure(method, heat, x, p_x.argmax(1), masks, chosen, located, rows)
         return pa.Table.from_pylist(rows, _schema())
 
-    def _measure(self, unit: Unit, x: Tensor, predicted: Tensor, reconstruction: Tensor, ids: list[str],
-                 masks: list[bytes | None]) -> list[dict[str, Any]]:  # fmt: skip
-        """Perturbation curves of every method, and where the truth is known, how well its maps meet it."""
-        maps = self._maps(unit, x, predicted, reconstruction, ids)
-        headline, whole = (metrics.disjoint_steps(self.size, share) for share in (HEADLINE, CURVE))
-        rows: list[dict[str, Any]] = [{} for _ in ids]
-        truth = torch.from_numpy(np.stack([
-            np.zeros((self.size, self.size), bool) if mask is None
-            else np.asarray(load(mask).resize((self.size, self.size)))[..., 0] > 127 for mask in masks
+    def _masks(self, table: pa.Table) -> Tensor:
+        """Where the truth lies, bool (N, S, S): all False where it is not known."""
+        empty = np.zeros((self.size, self.size), bool)
+        return torch.from_numpy(np.stack([
+            empty if mask is None else np.asarray(load(mask).resize((self.size, self.size)))[..., 0] > 127
+            for mask in table["mask"].to_pylist()
         ])).to(self.device)  # fmt: skip
-        for method, heat in maps.items():
-            given = self.blackbox, x, heat, predicted
-            disjoint = metrics.perturbation_curve(*given, steps=headline, draws=self.draws, seed=self.seed)
-            paper = metrics.perturbation_curve(*given, steps=headline, draws=self.draws, seed=self.seed, disjoint=False)
-            curve = metrics.perturbation_curve(*given, steps=whole, draws=1, seed=self.seed)
-            pointing, auroc = metrics.pointing_game(heat, truth), metrics.pixel_auroc(heat, truth)
-            for i, row in enumerate(rows):
-                row |= {f"{method}/disjoint": disjoint[i].tolist(), f"{method}/paper": paper[i].tolist(),
-                        f"{method}/curve": curve[i].tolist()}  # fmt: skip
-                if truth[i].any():
-                    row |= {f"{method}/pointing": bool(pointing[i]), f"{method}/auroc": float(auroc[i])}
-        return rows
+
+    def _measure(self, method: str, heat: Tensor, x: Tensor, predicted: Tensor, masks: Tensor, chosen: list[int],
+                 located: list[bool], rows: list[dict[str, Any]]) -> None:  # fmt: skip
+        """Add to the rows of `chosen` images how well their maps `heat` meet the truth, and perturbation curves."""
+        pointing, auroc = metrics.pointing_game(heat, masks[chosen]), metrics.pixel_auroc(heat, masks[chosen])
+        for k, i in enumerate(chosen):
+            if located[i]:
+                rows[i] |= {f"{method}/pointing": bool(pointing[k]), f"{method}/auroc": float(auroc[k])}
+        perturbed = [k for k, i in enumerate(chosen) if rows[i]["measured"]]
+        if not perturbed:
+            return
+        index = [chosen[k] for k in perturbed]
+        given = self.blackbox, x[index], heat[perturbed], predicted[index]
+        headline, whole = (metrics.disjoint_steps(self.size, share) for share in (HEADLINE, CURVE))
+        curves = {
+            "disjoint": metrics.perturbation_curve(*given, steps=headline, draws=self.draws, seed=self.seed),
+            "paper": metrics.perturbation_curve(
+                *given, steps=headline, draws=self.draws, seed=self.seed, disjoint=False
+            ),
+            "curve": metrics.perturbation_curve(*given, steps=whole, draws=1, seed=self.seed),
+        }
+        for form, curve in curves.items():
+            for i, values in zip(index, curve.tolist(), strict=True):
+                rows[i][f"{method}/{form}"] = values
 
     def _maps(
         self, unit: Unit, x: Tensor, predicted: Tensor, reconstruction: Tensor, ids: list[str]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 import fsspec
 import torch
@@ -30,7 +31,14 @@ from cae.config import PRESETS, Preset
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-import mlflow
+if TYPE_CHECKING:
+    import mlflow
+else:  # every worker imports this module and few talk to MLflow, which takes over a second to import
+    _spec = importlib.util.find_spec("mlflow")
+    _spec.loader = importlib.util.LazyLoader(_spec.loader)
+    mlflow = importlib.util.module_from_spec(_spec)
+    sys.modules["mlflow"] = mlflow
+    _spec.loader.exec_module(mlflow)
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,9 +112,12 @@ def share(logits: Tensor, index: int) -> Tensor:
 
 
 def eq_7(cae: CAE, d: Discriminator, x_a: Tensor, x_b: Tensor, y_a: int, y_b: int, w: LossWeights) -> dict[str, Tensor]:
-    """The twelve terms of Eq. 7 for one pair, each from its own passes, summed over both members."""
+    """The twelve terms of Eq. 7 and our `keep` for one pair, each from its own passes, summed over both members."""
     terms: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.double) for name in vars(LossWeights())}
-    for (x1, x2), y2 in (((x_a, x_b), y_b), ((x_b, x_a), y_a)):  # x1 is the sample to be credited, x2 its partner
+    for (x1, x2), y1, y2 in (
+        ((x_a, x_b), y_a, y_b),
+        ((x_b, x_a), y_b, y_a),
+    ):  # x1 is the sample to be credited, x2 its partner
         c1, s1 = cae.class_encoder(x1), cae.individual_encoder(x1)
         c2, s2 = cae.class_encoder(x2), cae.individual_encoder(x2)
         terms["recon_x"] = terms["recon_x"] + l1(cae.decode(c1, s1), x1)  # Eq. 1
@@ -123,6 +127,8 @@ def eq_7(cae: CAE, d: Discriminator, x_a: Tensor, x_b: Tensor, y_a: int, y_b: in
         terms["cyc_x"] = terms["cyc_x"] + l1(cae.decode(c1, there), x1)  # Eq. 4
         terms["adv1"] = terms["adv1"] + share(d(cae.decode(c2, s1))[:, :2], 1)  # Eq. 5
         terms["cla1"] = terms["cla1"] + share(d(cae.decode(c2, s1))[:, 2:], y2)  # Eq. 6
+        kept = [cae.decode(c1, s1), cae.decode(c1, there)]
+        terms["keep"] = terms["keep"] + torch.stack([share(d(image)[:, 2:], y1) for image in kept]).mean()
     generator = [name for name in terms if name not in ("adv2", "cla2")]
     return terms | {"loss_g": torch.stack([getattr(w, name) * terms[name] for name in generator]).sum()}
 
@@ -141,12 +147,17 @@ def eq_10(
 
 
 def one_by_one(
-    equation: Callable[..., dict[str, Tensor]], cae: CAE, d: Discriminator, x: Tensor, total: str
+    equation: Callable[..., dict[str, Tensor]],
+    cae: CAE,
+    d: Discriminator,
+    x: Tensor,
+    total: str,
+    weights: LossWeights = WEIGHTS,
 ) -> dict[str, float]:
     """Means over the three pairs of the paper's sums; backward, pair after pair."""
     sums: dict[str, float] = {}
     for a, b in ((0, 3), (1, 4), (2, 5)):
-        terms = equation(cae, d, x[a : a + 1], x[b : b + 1], int(Y[a]), int(Y[b]), WEIGHTS)
+        terms = equation(cae, d, x[a : a + 1], x[b : b + 1], int(Y[a]), int(Y[b]), weights)
         (terms[total] / 3).backward()
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.item() / 3
@@ -156,14 +167,17 @@ def one_by_one(
 # --- the two objectives
 
 
-def test_generator_objective_is_eq_7_one_pair_at_a_time() -> None:
+@pytest.mark.parametrize("keep", [0.0, 1.7])
+def test_generator_objective_is_eq_7_one_pair_at_a_time(keep: float) -> None:
     cae, discriminator, x = players()
-    slow = one_by_one(eq_7, cae, discriminator, x, "loss_g")
+    weights = replace(WEIGHTS, keep=keep)
+    slow = one_by_one(eq_7, cae, discriminator, x, "loss_g", weights)
     expected = gradients(cae)
     cae.zero_grad()
-    terms, swap = GeneratorObjective(cae, discriminator, WEIGHTS)(x, Y)
+    terms, swap = GeneratorObjective(cae, discriminator, weights)(x, Y)
     terms["loss_g"].backward()
-    assert set(terms) == {"recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "loss_g"}
+    named = {"recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "loss_g"}
+    assert set(terms) == (named | {"keep"} if keep else named)
     for name, term in terms.items():  # ours are means over both members, except for the total
         factor = 1 if name == "loss_g" else 2
         assert factor * term.item() == pytest.approx(slow[name], rel=1e-12), name

@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cae import checkpoint, training
 from cae.config import LossWeights, ModelConfig, TrainConfig
+from cae.images import to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, Discriminator
-from cae.training import Trainer, draw_pairs
+from cae.training import Trainer, draw_pairs, warm_up
 
 torch.set_num_threads(1)
 TINY = ModelConfig(
@@ -288,3 +289,35 @@ def test_two_workers_end_with_the_parameters_of_one(tmp_path: Path, monkeypatch:
         for ours, theirs in zip(end, parameters(single), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert max(float((a - b).abs().max()) for a, b in zip(first, parameters(single), strict=True)) > 1e-3
+
+
+# --- warm-up and the players' own rates
+
+
+def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None:
+    torch.manual_seed(0)
+    model = replace(TINY, disc_init="kaiming")
+    cae, discriminator = CAE(model), Discriminator(model, 2)
+    rest = [p.detach().clone() for part in (cae.individual_encoder, cae.decoder) for p in part.parameters()]
+    y = np.repeat([0, 1], [90, 10])
+    images = (
+        np.random.default_rng(0).integers(0, 90, (100, 32, 32, 3), dtype=np.uint8)
+        + 120 * y.astype(np.uint8)[:, None, None, None]
+    )
+    assert warm_up(cae, discriminator, images, y, 60, seed=0) < 0.2  # nats; knowing nothing costs 0.69
+    x = to_tensor(images)
+    with torch.no_grad():
+        assert (discriminator(x)[:, 2:].argmax(1).numpy() == y).all()
+        codes = cae.encode(x)[0].numpy()
+    gap = np.linalg.norm(codes[y == 0].mean(0) - codes[y == 1].mean(0))
+    assert gap > 3 * np.linalg.norm(codes[y == 0].std(0))
+    for part, old in zip((p for m in (cae.individual_encoder, cae.decoder) for p in m.parameters()), rest, strict=True):
+        assert torch.equal(part, old)
+
+
+def test_the_discriminator_may_learn_slower() -> None:
+    trainer = make_trainer(replace(TRAIN, disc_lr=1e-4, lr_halvings=2))
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [1e-3, 1e-4]
+    for step in range(STEPS - 1):
+        trainer.step(*toy_batch(step))
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == pytest.approx([5e-4, 5e-5])
