@@ -33,8 +33,11 @@ def read_model(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_weights(f"{folder}/model.safetensors"), config
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
-    """State dict from `.safetensors`, or from a PyTorch file of which only tensors are loaded. Raises ValueError."""
+def read_weights(path: str, entry: str = "") -> dict[str, Tensor]:
+    """State dict from `.safetensors`, or from a PyTorch file of which only tensors are loaded. Raises ValueError.
+
+    `entry` names the one that the PyTorch file keeps the state dict under, if it holds several things.
+    """
     try:
         with fsspec.open(path, "rb") as file:
             data = file.read()
@@ -46,7 +49,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return safetensors.torch.load(data)
-        state: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        held: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = held[entry] if entry else held
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise TypeError("not a state dict")
     # PyTorch's own message is long, and advises to load the file unsafely.

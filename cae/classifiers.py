@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cae.checkpoint import read_model, read_weights, save_model
 from cae.config import ClassifierConfig
@@ -153,7 +154,21 @@ def load(spec: str, classes: tuple[str, ...] = ()) -> BlackBox:
             f"the classifier {spec} knows the classes {', '.join(blackbox.classes)}, "
             f"the data has {', '.join(classes)}: they must be the same, in the same order"
         )
-    return blackbox.eval().requires_grad_(False)
+    _fuse(blackbox.eval().net)
+    return blackbox.requires_grad_(False)
+
+
+def _fuse(net: nn.Module) -> None:
+    """Fold every batch norm of a frozen ResNet into the convolution before it: same numbers, fewer passes."""
+    for parent in net.modules():
+        pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
+        if isinstance(parent, nn.Sequential):  # downsample
+            pairs = [("0", "1")]
+        for conv, norm in pairs:
+            first, second = getattr(parent, conv, None), getattr(parent, norm, None)
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(parent, conv, fuse_conv_bn_eval(first, second))
+                setattr(parent, norm, nn.Identity())
 
 
 def _load_own(spec: str, state: dict[str, Tensor], config: dict[str, Any]) -> BlackBox:

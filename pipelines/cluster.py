@@ -34,6 +34,7 @@ def connect() -> None:
     if address:
         ray.init(address, **common)
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         # Four slots at least: a bulk stage needs one for its actor and others for Ray Data's own tasks.
         ray.init("local", num_cpus=max(4, os.cpu_count() or 1), object_store_memory=500_000_000, **common)
     ray.data.DataContext.get_current().enable_progress_bars = False

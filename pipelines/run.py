@@ -40,9 +40,6 @@ else:  # every worker imports this module and few talk to MLflow, which takes ov
     sys.modules["mlflow"] = mlflow
     _spec.loader.exec_module(mlflow)
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)
-logging.getLogger("alembic").setLevel(logging.WARNING)
-
 
 class UserError(ValueError):
     """A mistake that the user can mend; shown as one line without a traceback."""
@@ -301,11 +298,17 @@ def tracking_uri(run: Run, options: RunOptions) -> str:
     return f"sqlite:///{os.path.abspath(base)}/mlflow.db"
 
 
+def _track_at(uri: str) -> None:
+    mlflow.set_tracking_uri(uri)
+    for name in ("mlflow", "alembic"):  # once imported, which sets levels of its own
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @contextmanager
 def _tracked(run: Run, options: RunOptions, stage: str) -> Iterator[None]:
     """Inside, MLflow's active run is the stage's, nested in the run folder's own."""
     uri = tracking_uri(run, options)
-    mlflow.set_tracking_uri(uri)
+    _track_at(uri)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(options.experiment)
     if experiment is None:
@@ -416,6 +419,6 @@ def join_tracking(tracking: tuple[str, str], rank: int) -> Iterator[None]:
         yield
         return
     uri, run_id = tracking
-    mlflow.set_tracking_uri(uri)
+    _track_at(uri)
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         yield

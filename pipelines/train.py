@@ -15,10 +15,11 @@ from ray.train.torch import prepare_model
 from torch import Tensor
 
 from cae import classifiers, figures, training
-from cae.config import LossWeights, ModelConfig, TrainConfig
+from cae.checkpoint import read_weights
+from cae.config import PRESETS, LossWeights, ModelConfig, TrainConfig
 from cae.explain import swap
 from cae.images import to_array, to_tensor
-from cae.networks import CAE, Discriminator
+from cae.networks import CAE, Discriminator, from_authors
 from pipelines import run as runs
 from pipelines.bulk import read_images, read_table
 from pipelines.classify import ClassifyOptions
@@ -36,12 +37,17 @@ class TrainOptions(ClassifyOptions):
     labels: Literal["predicted", "truth"] = "predicted"
     """What the pairs' classes are: the classifier's predictions, or the data's labels (which explains the data, not
     the classifier)."""
+    authors_generator: str = ""
+    """A `gen_*.pt` of the paper's authors to take instead of training (only its tensors are loaded). Goes with
+    `--preset paper`; any image size that is a multiple of 4 will do."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=TrainConfig)
     weights: Annotated[LossWeights, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=LossWeights)
 
 
 def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     """Train the CAE on the train split and save it in `cae/`; returns its last figures on held-out swaps."""
+    if options.authors_generator:
+        return _take(run, options)
     connect()
     workers = train_workers(options)
     if options.train.batch % workers:
@@ -72,6 +78,17 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     })  # fmt: skip
     runs.log_folder(run, "cae")
     return {"says": f"{len(pairs.index):,} pairs, held-out swap success {result['train/swap_success']:.3f}", **result}
+
+
+def _take(run: Run, options: TrainOptions) -> dict[str, Any]:
+    """Save the authors' generator as this run's CAE."""
+    if replace(options.model, image_size=0) != replace(PRESETS["paper"].model, image_size=0):
+        raise UserError("--authors-generator is the network of --preset paper: give that, and no other sizes")
+    cae, _ = from_authors(read_weights(options.authors_generator, "ab"))
+    names = tuple(run.result("classify")["classes"])
+    training.save(run.path("cae"), cae, names, authors_generator=options.authors_generator)
+    runs.log_folder(run, "cae")
+    return {"says": f"took {options.authors_generator}"}
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, float]:
@@ -174,7 +191,7 @@ def _preview(trainer: training.Trainer, blackbox: classifiers.BlackBox, images: 
     return metrics
 
 
-OWN = ("labels", "train", "weights", "model")
+OWN = ("labels", "authors_generator", "train", "weights", "model")
 
 
 def main(options: TrainOptions) -> dict[str, Any]:

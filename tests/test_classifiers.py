@@ -137,7 +137,7 @@ def test_save_and_load_give_equal_outputs(tmp_path: Path, stem: str) -> None:
     found = load(f"{tmp_path}/deep/er", CLASSES)
     assert found.classes == CLASSES and found.cam_layer == blackbox.cam_layer and not found.training
     assert not any(parameter.requires_grad for parameter in found.parameters())
-    assert torch.equal(found(x), blackbox.eval()(x))
+    torch.testing.assert_close(found(x), blackbox.eval()(x), rtol=1e-5, atol=1e-5)  # batch norms are folded
     assert torch.equal(load(f"{tmp_path}/deep/er")(x), found(x))  # classes need not be given
     assert found(x[:1].requires_grad_()).requires_grad  # frozen, yet gradients reach the image
 

@@ -10,11 +10,13 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import pytest
 import torch
 from conftest import BAD, TINY, command, state
 
 from cae import classifiers, training
 from cae.images import decode, to_tensor
+from cae.networks import from_authors
 
 
 def parts(folder: Path) -> pd.DataFrame:
@@ -149,3 +151,31 @@ def test_stage_progress_is_one_line_each(finished: Path) -> None:
     assert (
         pq.read_schema(next((finished / "explanations").rglob("*.parquet"))).field("map").type.value_type == "halffloat"
     )
+
+
+SHAPES = Path(__file__).parents[2] / "shared/reference/authors_state_dict_shapes.json"
+
+
+@pytest.mark.skipif(not SHAPES.exists(), reason=f"{SHAPES} is missing: it lists the authors' tensors")
+def test_a_generator_of_the_authors_takes_the_place_of_training(tmp_path: Path) -> None:
+    shapes = json.loads(SHAPES.read_text())["generator"]
+    generator = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+    torch.save({"ab": generator}, tmp_path / "gen_00200000.pt")
+    run = {
+        "options": {"dataset": "face", "preset": "paper"},
+        "stages": {
+            "shard": {"options": {}, "result": {}},
+            "classify": {"options": {}, "result": {"classes": ["man", "woman"]}},
+        },
+    }
+    for name in ("run", "wrong"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(run))
+    words = ["--authors-generator", str(tmp_path / "gen_00200000.pt"), "--run"]
+    wrong = command("train.py", *words, str(tmp_path / "wrong"), "--width", "64")
+    assert wrong.returncode and "--preset paper" in wrong.stderr and "Traceback" not in wrong.stderr
+    done = command("train.py", *words, str(tmp_path / "run"))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    mine, theirs = training.load(str(tmp_path / "run" / "cae")), from_authors(generator)[0].eval()
+    assert torch.equal(mine(x), theirs(x))
