@@ -5,6 +5,8 @@ VENV   ?= .venv
 # does not, say   make setup TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 TORCH  ?= $(if $(shell command -v nvidia-smi),torch>=2.9,torch==2.13.0)
 BIN    := $(VENV)/bin
+# Sized for five minutes on two cores.
+DEMO   ?= --image-size 48 --resnet.epochs 5 --pairs 1600 --splits test --draws 2
 
 .PHONY: setup demo test lint format clean
 setup: $(VENV)/ready
@@ -16,7 +18,7 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python pipelines/full.py --dataset synthetic --preset quick
+	$(BIN)/python pipelines/full.py --dataset synthetic --preset quick $(DEMO)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from cae.classifiers import BlackBox
+from cae.images import blur
 from cae.networks import CAE
 
-Mode = Literal["path", "contrast", "input"]
+Mode = Literal["integrated", "path", "contrast", "input"]
 PIXELS_AT_ONCE = 512 * 64 * 64  # decoded together; bounds memory whatever the images' size
 
 
@@ -28,7 +29,7 @@ class Explanation:
     path; `reconstruction_flipped`: b sees another class in the reconstruction already, so the path explains little;
     `failed`: values that are not finite."""
     map: Tensor
-    """(B, H, W), not negative: how much each pixel changed on the way to the target class."""
+    """(B, H, W), not negative: how much each pixel matters for the way to the target class, as the mode has it."""
     signed: Tensor
     """(B, H, W): what appears (> 0) and what vanishes (< 0) on that way, mean over channels."""
     flip_at: Tensor
@@ -54,16 +55,21 @@ def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, counter_code: Tensor, *,
-            mode: Mode = "path", steps: int = 8, refine: int = 4, margin: float = 0.0) -> Explanation:  # fmt: skip
+            mode: Mode = "path", smooth: float = 0.0, steps: int = 8, refine: int = 4,
+            margin: float = 0.0) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards `counter_code` (B, D) of class `target` (B,).
 
     The path is linear in the class code with `steps` steps, the reconstruction at its start. Its end is the first
     frame whose class for b is the target, ahead of every other class by `margin` in probability, found to
-    1 / (steps * 2^refine) of the way by bisection. Maps, mean over channels of absolute values:
+    1 / (steps * 2^refine) of the way by bisection. Maps:
 
-    - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights;
-    - `contrast`: |end - reconstruction|;
-    - `input`: |end - x|, which mixes in the reconstruction's error (what the authors' script does).
+    - `integrated`: the path's changes made to the image itself, asking b all along; see `_integrated`;
+    - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
+      over channels (the paper's);
+    - `contrast`: mean over channels of |end - reconstruction|;
+    - `input`: that of |end - x|, which mixes in the reconstruction's error (what the authors' script does).
+
+    `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none.
     """
     batch, size = len(x), x.shape[-2:]
     class_code, individual_code = cae.encode(x)
@@ -116,10 +122,14 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     difference = walked.diff(dim=1)  # (B, K, 3, H, W)
     weight = p_walked.diff(dim=1).clamp(min=0)  # (B, K)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    if mode == "path":
+    if mode == "integrated":
+        heat = _integrated(blackbox, x, walked, first, source, target, at_once).clamp(min=0)
+    elif mode == "path":
         heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:
         heat = (end - (frames[:, 0] if mode == "contrast" else x)).abs().mean(1)
+    if smooth:
+        heat = blur(heat, smooth)
     signed = (end - frames[:, 0]).mean(1)
 
     start_class = p[:, 0].argmax(1)
@@ -136,6 +146,30 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         reconstruction_error=(frames[:, 0] - x).abs().mean((1, 2, 3)),
         frames=torch.cat([frames, end[:, None]], 1), frame_p=torch.cat([p_target, p_end[rows, target][:, None]], 1),
     )  # fmt: skip
+
+
+def _integrated(blackbox: BlackBox, x: Tensor, walked: Tensor, first: Tensor, source: Tensor, target: Tensor,
+                at_once: int) -> Tensor:  # fmt: skip
+    """What each pixel's change along the path does to b when it is made to the image itself; signed, (B, H, W).
+
+    With d_k = frame_k - frame_0 of the frames walked (B, K + 1, 3, H, W), the sum over k of (gradient of b's target
+    minus source logit at x + (d_{k-1} + d_k) / 2) * (d_k - d_{k-1}), over channels too: path-integrated gradients
+    (Sundararajan et al. 2017) along the counterfactual path. So the map sums to what the path's changes do to that
+    logit in x, up to the quadrature. Asked at x and not at the frames, b says nothing about what the reconstruction
+    added or lost. Frames from `first` (B,) on are all alike and are left out.
+    """
+    heat = torch.zeros_like(x[:, 0])
+    used = torch.arange(walked.shape[1] - 1, device=x.device) < first[:, None]  # (B, K)
+    for chunk in used.nonzero().split(at_once):
+        image, step = chunk.T
+        before, after = walked[image, step], walked[image, step + 1]
+        point = x[image] + (before + after) / 2 - walked[image, 0]
+        with torch.enable_grad():
+            logits = blackbox(point.requires_grad_())
+            wanted = logits.gather(1, target[image, None]) - logits.gather(1, source[image, None])
+            (gradient,) = torch.autograd.grad(wanted.sum(), point)
+        heat.index_add_(0, image, (gradient * (after - before)).sum(1))
+    return heat
 
 
 def p_of(p: Tensor, label: Tensor) -> Tensor:

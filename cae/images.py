@@ -80,3 +80,13 @@ def to_array(tensor: Tensor) -> np.ndarray:
     """A float tensor (B, 3, H, W) in [-1, 1] as a uint8 array (B, H, W, 3), clipped and rounded."""
     scaled = tensor.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def blur(x: Tensor, share: float) -> Tensor:
+    """Gaussian blur of (..., H, W), sigma a share of either side, its weights renormalised at the border."""
+
+    def weights(size: int) -> Tensor:
+        place = torch.arange(size, device=x.device, dtype=x.dtype)
+        return torch.softmax(-0.5 * ((place[:, None] - place) / (size * share)) ** 2, dim=1)  # (size, size)
+
+    return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).T

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from cae.images import blur
+
 Classifier = Callable[[Tensor], Tensor]
 Fill = Literal["uniform", "blur"]
 BOOTSTRAP_CELLS = 4_000_000
@@ -113,21 +115,11 @@ def disjoint_steps(size: int, share: float = 0.075, patch: int = 7) -> int:
     return max(1, round(share * size * size / patch**2))
 
 
-def _blur(images: Tensor) -> Tensor:
-    """Gaussian blur with sigma = size / 8, its weights renormalised at the border."""
-
-    def weights(size: int) -> Tensor:
-        place = torch.arange(size, device=images.device, dtype=images.dtype)
-        return torch.softmax(-0.5 * ((place[:, None] - place) / (size / 8)) ** 2, dim=1)  # (size, size)
-
-    return weights(images.shape[2]) @ images @ weights(images.shape[3]).T
-
-
 def _cover(images: Tensor, covered: Tensor, fill: Fill, noise: Tensor) -> Tensor:
     """Images (n, 3, H, W) with the pixels in `covered` (n, 1, H, W) filled."""
     if fill == "uniform":
         return torch.where(covered, noise, images)
-    return torch.where(covered, _blur(images), images)
+    return torch.where(covered, blur(images, 1 / 8), images)
 
 
 def _probability(classifier: Classifier, images: Tensor, target: Tensor) -> Tensor:

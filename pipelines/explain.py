@@ -36,9 +36,12 @@ class ExplainOptions(EmbedOptions):
     targets: str = "runner-up"
     """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name
     (images of that class are then left out)."""
-    mode: Mode = "path"
-    """How a path becomes a map: `path` (the paper's: frame differences weighted by the rise of the target's
-    probability), `contrast` (end against reconstruction) or `input` (end against image)."""
+    mode: Mode = "integrated"
+    """How a path becomes a map: `integrated` (the path's changes made to the image itself, weighted by the classifier's
+    gradient all along), `path` (the paper's: frame differences weighted by the rise of the target's probability),
+    `contrast` (end against reconstruction) or `input` (end against image)."""
+    smooth: float = 0.025
+    """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
     steps: int = 8
     """Steps of the path before bisection."""
     margin: float = 0.0
@@ -70,8 +73,8 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     known = np.random.default_rng(options.seed).permutation(known)[:REFERENCE_CODES]
     bulk(run, options, "explain", units, ExplainWorker, "explanations",
          spec=chosen["spec"], names=names, size=options.model.image_size, fit=options.fit, device=device_of(options),
-         counters=counters, known=known, targets=options.targets, mode=options.mode, steps=options.steps,
-         margin=options.margin, frames=options.frames)  # fmt: skip
+         counters=counters, known=known, targets=options.targets, frames=options.frames,
+         how=path_options(options))  # fmt: skip
     found = read_table(run, "explanations", ["id", "split", "status"])
     status, split = np.array(found["status"].to_pylist()), np.array(found["split"].to_pylist())
     metrics = {f"explain/{s}/flipped": float((status[split == s] == "flipped").mean()) for s in np.unique(split)}
@@ -80,6 +83,11 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     if options.overlays:
         runs.log_folder(run, "explanations/overlays")
     return {"says": f"{len(status):,} maps: {says}", "statuses": dict(counts), **metrics}
+
+
+def path_options(options: ExplainOptions) -> dict[str, Any]:
+    """What `cae.explain.explain` takes of the options."""
+    return {"mode": options.mode, "smooth": options.smooth, "steps": options.steps, "margin": options.margin}
 
 
 def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
@@ -93,11 +101,10 @@ class ExplainWorker:
     """Explains the images of a unit."""
 
     def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str,
-                 counters: dict[int, tuple[str, np.ndarray]], known: np.ndarray, targets: str, mode: Mode, steps: int,
-                 margin: float, frames: bool) -> None:  # fmt: skip
+                 counters: dict[int, tuple[str, np.ndarray]], known: np.ndarray, targets: str, frames: bool,
+                 how: dict[str, Any]) -> None:  # fmt: skip
         self.run, self.names, self.size, self.fit, self.device = run, names, size, fit, device
-        self.counters, self.known, self.targets, self.mode = counters, known, targets, mode
-        self.steps, self.margin, self.frames = steps, margin, frames
+        self.counters, self.known, self.targets, self.frames, self.how = counters, known, targets, frames, how
         self.blackbox = place(classifiers.load(spec, names), device)
         self.cae = place(training.load(run.path("cae")), device)
 
@@ -138,10 +145,10 @@ class ExplainWorker:
         source = p[images].argmax(1)
         code = torch.from_numpy(np.stack([self.counters[label][1] for label in targets])).to(self.device)
         x = to_tensor(arrays[images], self.device)
-        common = {"size": self.size, "mode": self.mode}
+        common = {"size": self.size, "mode": self.how["mode"]}
         try:
             found = explain(self.cae, self.blackbox, x, source.to(self.device), torch.tensor(targets).to(self.device),
-                            code, mode=self.mode, steps=self.steps, margin=self.margin)  # fmt: skip
+                            code, **self.how)  # fmt: skip
             class_codes = self.cae.encode(x)[0].cpu().numpy()
         except RuntimeError as error:
             # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
@@ -197,7 +204,7 @@ def _schema(size: int) -> pa.Schema:
     })  # fmt: skip
 
 
-OWN = ("splits", "targets", "mode", "steps", "margin", "frames", "overlays")
+OWN = ("splits", "targets", "mode", "smooth", "steps", "margin", "frames", "overlays")
 
 
 def main(options: ExplainOptions) -> dict[str, Any]:

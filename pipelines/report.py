@@ -17,7 +17,7 @@ from cae.images import to_array, to_tensor
 from cae.report import Section, render
 from pipelines import run as runs
 from pipelines.bulk import read_images
-from pipelines.explain import read_counter_codes
+from pipelines.explain import path_options, read_counter_codes
 from pipelines.run import Run
 
 if TYPE_CHECKING:
@@ -29,6 +29,13 @@ READ_ME = {
     "unflipped": "it did not; the map is of the whole path and should not be relied on",
     "reconstruction_flipped": "the classifier sees another class in the reconstruction already; no trust",
     "failed": "no map; the row's error says why",
+}
+MAP_SHOWS = {
+    "integrated": "makes the same changes to the image itself and shows which of them move the classifier towards the "
+    "target class, by its gradient all along the way",
+    "path": "shows what changed, weighted by how much it raised the target's probability",
+    "contrast": "is the difference of the path's two ends",
+    "input": "is the difference of the path's end and the image, the reconstruction's error included",
 }
 
 
@@ -85,7 +92,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
         Section(
             "Explanations",
             "From the reconstruction, the class code walks towards that of the target class until the classifier "
-            "changes its mind; the map shows what changed, weighted by how much it raised the target's probability.",
+            f"changes its mind. The map (mode {options.mode}) {MAP_SHOWS[options.mode]}.",
             shown("paths", "maps"),
             [("Status of every map", ["status", "maps", "share", "meaning"], counted)],
         ),
@@ -166,9 +173,7 @@ def _pictures(
     ranked = p.argsort(1, descending=True)
     target = torch.tensor([next(t for t in r.tolist()[1:] if t in counters) for r in ranked])
     code = torch.from_numpy(np.stack([counters[int(t)][1] for t in target]))
-    found = explain(
-        cae, blackbox, x, source, target, code, mode=options.mode, steps=options.steps, margin=options.margin
-    )
+    found = explain(cae, blackbox, x, source, target, code, **path_options(options))
     captions = [f"{names[int(a)]} → {names[int(b)]}\n{s}" for a, b, s in zip(source, target, found.status, strict=True)]
     heat = found.map.numpy()
     frames, probabilities = zip(*[_walked(found, k, options.steps) for k in range(len(images))], strict=True)

@@ -26,7 +26,8 @@ from pipelines.classify import ClassifyOptions
 from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, train_workers
 from pipelines.run import Run, UserError
 
-PREVIEWS = 10  # looks at held-out swaps, and checkpoints, over a training
+PREVIEWS = 10  # looks at held-out swaps, and checkpoints, over a training; one takes a few seconds, so
+PREVIEW_STEPS = 100  # at least so many steps lie between two
 WATCHED = 96  # held-out images whose swaps are watched
 
 
@@ -121,7 +122,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
             print(f"train     goes on at pair {trainer.step_count * options.batch:,}", flush=True)
     watched = read_images(run, config["watched_ids"], model.image_size, config["fit"]) if rank == 0 else None
 
-    every = max(1, math.ceil(steps / PREVIEWS))
+    every = max(min(PREVIEW_STEPS, steps // 2), math.ceil(steps / PREVIEWS), 1)
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     since, first, begun, told = 0, trainer.step_count, time.time(), time.time()
     with runs.join_tracking(config["tracking"], rank):

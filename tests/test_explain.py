@@ -402,3 +402,58 @@ def test_swap() -> None:
     assert torch.allclose(blob_means(swapped), blob_means(donors), atol=1e-6)
     assert torch.allclose(swapped - paint(blob_means(donors)), reconstructed - paint(blob_means(x)), atol=1e-6)
     assert B.probabilities(swapped).argmax(1).tolist() == [1, 2]
+
+
+def test_integrated_map_is_the_closed_form_where_b_is_linear() -> None:
+    """Each pixel of the first blob gets its share of the logit's rise; nothing else moves b."""
+    x = torch.cat([image(-0.2), image(0.1, 0.2, seed=1)])
+    found = run(x, [0, 0], [1, 1], [[0.8, -0.5], [0.6, 0.2]], mode="integrated", steps=4)
+    rise = blob_means(found.frames[:, -1])[:, 0] - blob_means(found.frames[:, 0])[:, 0]
+    assert torch.allclose(found.map, (GAIN * rise / BLOBS[0].sum())[:, None, None] * BLOBS[0], atol=1e-4)
+
+
+def test_integrated_map_shows_only_what_speaks_for_the_target() -> None:
+    # On the way from class 2 to class 1 both blobs speak for the target; towards class 0 only the second one's fall.
+    x = image(-0.2, 0.6)
+    both = run(x, [2], [1], [[0.9, -0.4]], mode="integrated").map[0]
+    assert (both[BLOBS[0] > 0] > 0.1).all() and (both[BLOBS[1] > 0] > 0.1).all()
+    one = run(x, [2], [0], [[-0.9, -0.4]], mode="integrated").map[0]
+    assert one[BLOBS[0] > 0].abs().max() < 1e-4 and (one[BLOBS[1] > 0] > 0.1).all()
+    assert both[(BLOBS.sum(0) == 0)].abs().max() == 0
+
+
+def test_integrated_attributions_sum_to_the_change_of_the_logit_in_the_image_itself() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 5, 2), nn.Tanh(), nn.Conv2d(8, 3, 3, 2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+    )
+    b = BlackBox(net.double(), ("a", "b", "c"), 0.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, SIDE, SIDE, generator=generator, dtype=torch.float64) * 2 - 1
+    there, aside = torch.randn(2, 4, 1, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)[:, None, None, None]
+    walked = there * t + aside * torch.sin(math.pi * t)  # a bent way
+    first = torch.tensor([32, 16, 1, 32])
+    for i, last in enumerate(first):
+        walked[i, last:] = walked[i, last]
+    source, target = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])
+    with torch.no_grad():
+        b(x)  # the lazy layer
+        heat = cae.explain._integrated(b, x, walked, first, source, target, at_once=7)
+
+        def lead(images: Tensor) -> Tensor:
+            logits = b(images)
+            return logits.gather(1, target[:, None]) - logits.gather(1, source[:, None])
+
+        change = lead(x + walked[:, -1] - walked[:, 0]) - lead(x)
+    assert change.abs().min() > 0.01
+    assert torch.allclose(heat.sum((1, 2)), change[:, 0], rtol=0.02)
+
+
+@pytest.mark.parametrize("mode", ["integrated", "path", "contrast", "input"])
+def test_smooth_blurs_the_map_and_nothing_else(mode: str) -> None:
+    x = image(-0.2)
+    sharp, smooth = (run(x, [0], [1], [[0.8, -0.5]], mode=mode, smooth=share) for share in (0.0, 0.1))
+    assert torch.allclose(smooth.map, cae.explain.blur(sharp.map, 0.1))
+    assert not torch.allclose(smooth.map, sharp.map, atol=1e-3) and (smooth.map >= 0).all()
+    assert torch.equal(smooth.signed, sharp.signed) and smooth.status == sharp.status
