@@ -27,6 +27,7 @@ from pipelines.run import Run, RunOptions, UserError
 Unit = dict[str, Any]
 Worker = Callable[[Unit], pa.Table]
 UNIT_ROWS = 256
+ACTOR_ROWS = 1000  # images that are worth starting another actor for, which takes seconds
 
 
 class _Task:
@@ -59,7 +60,7 @@ def bulk(
     if not pending:
         return
     gpus = gpus_of(options)
-    actors = min(len(pending), options.workers or gpus or cores())
+    actors = min(len(pending), options.workers or gpus or min(cores(), -(-rows // ACTOR_ROWS)))
     data = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
         _Task,  # type: ignore[arg-type]  # a class whose instances are called, as Ray Data's actors want it
         fn_constructor_kwargs={

@@ -68,7 +68,7 @@ class RunOptions:
     """Where to compute. `auto` takes the GPUs that the cluster has."""
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
-    per core."""
+    per core, as far as there are 1000 images for each."""
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
