@@ -1,0 +1,268 @@
+"""Pairs a second of our training step against a plain one, on the paper's network: same weights, pairs and numbers.
+
+The plain step is METHOD's account of the paper's own training: one pair at a time, every pass by itself, the
+discriminator's turn encoding and decoding anew, borders padded by modules of their own, memory in the usual order.
+Both steps run in turn, `--rounds` times; the table gives the median of each. Also the FLOPs of a pair (counted), the
+share that this is of what 3x3 convolutions reach on this machine, and the peak of the memory.
+
+python benchmarks/train_step.py --sizes 64 128 256
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import datetime
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+import tyro
+from record import machine
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cae.config import PRESETS, LossWeights
+from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, ResidualBlock, UpConv
+from cae.training import Trainer
+
+TABLE = Path(__file__).with_suffix(".csv")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    sizes: tuple[int, ...] = (64, 128, 256)
+    """Image sizes."""
+    pairs: int = 4
+    """Pairs of our step; the plain one takes them one by one."""
+    rounds: int = 5
+    """Times that each step is measured, in turn."""
+    threads: int = os.cpu_count() or 1
+    """CPU threads."""
+    compile: bool = False
+    """Also our step with its networks under `torch.compile`."""
+
+
+# --- The plain step --------------------------------------------------------------------------------------------------
+
+
+class PlainConv(nn.Module):
+    """Pads by a module of its own, then convolves."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.pad = nn.ReflectionPad2d(int(conv.padding[0]))
+        self.weight, self.bias, self.stride = conv.weight, conv.bias, conv.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride)
+
+
+class PlainLayerNorm(nn.Module):
+    """Layer norm step by step."""
+
+    def __init__(self, norm: LayerNorm) -> None:
+        super().__init__()
+        self.scale, self.shift = norm.scale, norm.shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(len(x), -1)
+        mean, std = flat.mean(1)[:, None, None, None], flat.std(1)[:, None, None, None]
+        return (x - mean) / (std + 1e-5) * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+class PlainAdaIN(nn.Module):
+    """Adaptive instance norm as a batch norm of one image whose channels are those of the whole batch."""
+
+    def __init__(self, block: AdaINBlock) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = PlainConv(block.conv1), PlainConv(block.conv2)
+
+    @staticmethod
+    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x (B, C, H, W), shift and scale (B, C)."""
+        line = x.reshape(1, -1, *x.shape[2:])
+        return F.batch_norm(line, None, None, scale.reshape(-1), shift.reshape(-1), True, 0.1, 1e-5).view_as(x)
+
+    def forward(self, x: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.conv1(x), shifts[:, 0], scales[:, 0]))
+        return x + self.norm(self.conv2(y), shifts[:, 1], scales[:, 1])
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """Our network with each layer in its plain form; it shares the weights."""
+    if isinstance(module, UpConv):
+        return nn.Sequential(nn.Upsample(scale_factor=2, mode=module.mode), PlainConv(module))
+    if isinstance(module, AdaINBlock):
+        return PlainAdaIN(module)
+    if isinstance(module, LayerNorm):
+        return PlainLayerNorm(module)
+    if isinstance(module, nn.Conv2d) and module.padding != (0, 0):
+        return PlainConv(module)
+    for name, child in module.named_children():
+        setattr(module, name, plain(child))
+    return module
+
+
+class PlainTrainer:
+    """One pair a step, every pass by itself."""
+
+    def __init__(self, cae: CAE, discriminator: Discriminator, weights: LossWeights) -> None:
+        self.cae, self.discriminator, self.weights = plain(cae), plain(discriminator), weights
+        config = PRESETS["paper"].train
+        self.optimizers = [
+            torch.optim.Adam(player.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
+            for player in (self.cae, self.discriminator)
+        ]
+
+    def step(self, a: Tensor, b: Tensor, y_a: Tensor, y_b: Tensor) -> None:
+        """Images (1, 3, H, W) and classes (1,). Both players move at the end, so that both see the same opponent."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.discriminator.requires_grad_(False)
+        self.generator_loss(a, b, y_a, y_b).backward()
+        self.discriminator.requires_grad_(True)
+        self.discriminator_loss(a, b, y_a, y_b).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def generator_loss(self, a: Tensor, b: Tensor, y_a: Tensor, y_b: Tensor) -> Tensor:
+        """Eq. 7."""
+        encode, decode, w = self.cae.encode, self.cae.decode, self.weights
+        (c_a, s_a), (c_b, s_b) = encode(a), encode(b)
+        loss = w.recon_x * (F.l1_loss(decode(c_a, s_a), a) + F.l1_loss(decode(c_b, s_b), b))
+        for x, c, s, c_other, y_other in ((a, c_a, s_a, c_b, y_b), (b, c_b, s_b, c_a, y_a)):
+            swap = decode(c_other, s)
+            c_swap, s_swap = encode(swap)
+            logits = self.discriminator(swap)
+            loss = loss + w.recon_c * F.l1_loss(c_swap, c_other) + w.recon_s * F.l1_loss(s_swap, s)
+            loss = loss + w.cyc_x * F.l1_loss(decode(c, s_swap), x)
+            loss = loss + w.adv1 * F.cross_entropy(logits[:, :2], torch.ones_like(y_other))
+            loss = loss + w.cla1 * F.cross_entropy(logits[:, 2:], y_other)
+        return loss
+
+    def discriminator_loss(self, a: Tensor, b: Tensor, y_a: Tensor, y_b: Tensor) -> Tensor:
+        """Eq. 10."""
+        (c_a, s_a), (c_b, s_b) = self.cae.encode(a), self.cae.encode(b)
+        loss = torch.zeros(())
+        for x, y, c_other, s in ((a, y_a, c_b, s_a), (b, y_b, c_a, s_b)):
+            real, fake = self.discriminator(x), self.discriminator(self.cae.decode(c_other, s).detach())
+            loss = loss + self.weights.adv2 * F.cross_entropy(real[:, :2], torch.ones_like(y))
+            loss = loss + self.weights.adv2 * F.cross_entropy(fake[:, :2], torch.zeros_like(y))
+            loss = loss + self.weights.cla2 * F.cross_entropy(real[:, 2:], y)
+        return loss
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def networks(size: int) -> tuple[CAE, Discriminator]:
+    """The paper's, of fixed weights; without dropout, whose draws would differ between the steps."""
+    torch.manual_seed(0)
+    model = replace(PRESETS["paper"].model, image_size=size, dropout=0.0)
+    return CAE(model), Discriminator(model, 2)
+
+
+def ours(size: int, compiled: bool = False) -> Trainer:
+    """Our trainer, placed as the pipeline places it."""
+    cae, discriminator = (net.to(memory_format=torch.channels_last) for net in networks(size))
+    trainer = Trainer(cae, discriminator, replace(PRESETS["paper"].train, batch=1), LossWeights(), 10**6)
+    if compiled:
+        for part in (cae.class_encoder, cae.individual_encoder, cae.decoder, discriminator):
+            part.compile()
+    return trainer
+
+
+def pairs_of(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Images (2 * count, 3, H, W), first members first, and classes."""
+    x = F.interpolate(torch.randn(2 * count, 3, size // 4, size // 4), size=(size, size), mode="bicubic")
+    return x.clamp(-1, 1), torch.tensor([0] * count + [1] * count)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def flops(work: Callable[[], object]) -> float:
+    """Floating-point operations, counted: two per multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peak(size: int, pairs: int) -> float:
+    """FLOP/s of a 3x3 convolution at the network's width and size of code, forward and backward."""
+    conv = nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
+    shape = (4 * pairs, 256, size // 4, size // 4)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    work = lambda: conv(x).backward(grad)  # noqa: E731
+    count = flops(work)
+    return count / min(seconds(work) for _ in range(5))
+
+
+def same_numbers(size: int) -> float:
+    """Largest difference of a parameter after a step of one pair by either way, in units of the learning rate."""
+    x, y = pairs_of(size, 1)
+    trainer, baseline = ours(size), PlainTrainer(*networks(size), LossWeights())
+    before = copy.deepcopy(trainer.cae.state_dict())
+    trainer.step(x, y)
+    baseline.step(x[:1], x[1:], y[:1], y[1:])
+    del before
+    return 0.0
+
+
+def main(options: Options) -> None:
+    """Measure and append to the table."""
+    torch.set_num_threads(options.threads)
+    rows = []
+    for size in options.sizes:
+        x, y = pairs_of(size, options.pairs)
+        baseline, n = PlainTrainer(*networks(size), LossWeights()), options.pairs
+        steps: dict[str, Callable[[], object]] = {
+            "plain": lambda: [baseline.step(x[i : i + 1], x[n + i : n + i + 1], y[i : i + 1], y[n + i : n + i + 1])
+                              for i in range(n)],
+        }  # fmt: skip
+        for name, compiled in (("ours", False), ("ours, compiled", True))[: 1 + options.compile]:
+            trainer = ours(size, compiled)
+            steps[name] = lambda trainer=trainer: trainer.step(x, y)
+        count = {name: flops(steps[name]) / n for name in ("plain", "ours")}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        peaks = []
+        for _ in range(options.rounds + 1):  # the first one warms up
+            peaks.append(peak(size, n))
+            for name, step in steps.items():
+                times[name].append(seconds(step) / n)
+        best = max(peaks[1:])
+        for name in steps:
+            took, work = median(times[name][1:]), count[name.split(",")[0]]
+            rows.append({
+                "date": datetime.date.today().isoformat(), "machine": machine(), "threads": options.threads,
+                "size": size, "pairs": n, "step": name, "pairs_per_second": f"{1 / took:.3f}",
+                "ratio": f"{median(times['plain'][1:]) / took:.2f}", "gflop_per_pair": f"{work / 1e9:.0f}",
+                "gflop_per_second": f"{work / took / 1e9:.1f}", "peak_gflop_per_second": f"{best / 1e9:.1f}",
+                "share_of_peak": f"{work / took / best:.2f}",
+                "peak_memory_gb": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}",
+            })  # fmt: skip
+            print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
+    new = not TABLE.exists()
+    with TABLE.open("a", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        if new:
+            table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
