@@ -135,12 +135,33 @@ def save(folder: str, blackbox: BlackBox, config: ClassifierConfig) -> None:
     save_model(folder, blackbox.net, {"kind": "resnet", "classes": list(blackbox.classes), **asdict(config)})
 
 
+def class_names(spec: str, found: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of the classifier that `spec` names, in order, for data with the classes `found` (perhaps none).
+
+    One saved by this project knows its own, and the data may have fewer; a torchvision one takes the data's, or
+    numbers its outputs where the data has none. Raises ValueError, in one line, where they do not fit.
+    """
+    if spec.startswith("torchvision:"):
+        blackbox = _load_torchvision(spec, found)
+    else:
+        state, config = read_model(spec)
+        blackbox = _load_own(spec, state, config)
+    unknown = [name for name in found if name not in blackbox.classes]
+    if unknown:
+        raise ValueError(
+            f"the classifier {spec} knows the classes {', '.join(blackbox.classes)} and the data has {unknown[0]!r}: "
+            "take that class's folder out, or give a classifier that knows it"
+        )
+    return blackbox.classes
+
+
 def load(spec: str, classes: tuple[str, ...] = ()) -> BlackBox:
     """The frozen classifier that `spec` names, in evaluation mode.
 
     FOLDER                        one saved by this project
     torchvision:NAME@WEIGHTS      a torchvision ResNet's state dict (.safetensors, or .pth of which only tensors are
-                                  read); its inputs are normalised as ImageNet's. `classes` names its outputs.
+                                  read); its inputs are normalised as ImageNet's. `classes` names its outputs,
+                                  which are numbered without.
 
     Raises ValueError, in one line, for anything else.
     """
@@ -186,11 +207,12 @@ def _load_torchvision(spec: str, classes: tuple[str, ...]) -> BlackBox:
     name, _, path = spec.removeprefix("torchvision:").partition("@")
     if not path:
         raise ValueError(f"--classifier {spec} names no weights: write torchvision:NAME@FILE.safetensors")
-    net = ResNet(name, len(classes))
     state = read_weights(path)
     if "fc.weight" not in state:
         raise ValueError(f"the weights in {path} are no torchvision ResNet's: they hold no fc.weight")
     outputs = len(state["fc.weight"])
+    classes = classes or tuple(str(i) for i in range(outputs))
+    net = ResNet(name, len(classes))
     if outputs != len(classes):
         raise ValueError(
             f"the weights in {path} have {outputs} outputs, the data has {len(classes)} classes "

@@ -1,12 +1,12 @@
 """Every option that shapes a model or its training, and the presets as one table.
 
-The presets keep every part of the paper's model (two encoders, AdaIN decoder, two-headed discriminator, 8-d class
-code, all loss terms) and differ in sizes only.
+The presets keep every part of the paper's model: two encoders, AdaIN decoder, two-headed discriminator, 8-d class code,
+all loss terms. The smaller ones differ in sizes, and in what makes a short training succeed: warm-up, the `keep` term,
+the class head, rates and an average of the weights.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +99,8 @@ class TrainConfig:
     ema: float = 0.0
     """Decay per step of the averaged generator weights that are kept for use; 0: the last weights, as the authors."""
     flip: float = 0.5
-    """Probability that an image is mirrored left to right; 0 where sides matter."""
+    """Probability that an image is mirrored left to right; 0 where sides matter. (The built-in classifier is always
+    trained on mirrored images too.)"""
     warm_up: int = 0
     """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes: 0 as
     the authors."""
@@ -119,7 +120,7 @@ class ClassifierConfig:
     """Passes over the training images."""
     batch: int = 64
     """Images per step, over all workers."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate of AdamW under a one-cycle schedule."""
     weight_decay: float = 1e-2
     """AdamW's weight decay."""
@@ -165,8 +166,3 @@ PRESETS: dict[Preset, PresetConfig] = {
         LossWeights(keep=1.0),
     ),
 }  # fmt: skip
-
-
-def as_dict(config: ModelConfig | TrainConfig | LossWeights | ClassifierConfig) -> dict[str, object]:
-    """The configuration as plain values, for `config.json` and MLflow's parameters."""
-    return dataclasses.asdict(config)

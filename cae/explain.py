@@ -55,7 +55,7 @@ def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, counter_code: Tensor, *,
-            mode: Mode = "path", smooth: float = 0.0, steps: int = 8, refine: int = 4,
+            mode: Mode = "integrated", smooth: float = 0.025, steps: int = 8, refine: int = 4,
             margin: float = 0.0) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards `counter_code` (B, D) of class `target` (B,).
 

@@ -54,14 +54,19 @@ def medoids(codes: np.ndarray, classes: np.ndarray, count: int = 1) -> dict[int,
     return found
 
 
-def distance_to(codes: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Distance of codes (N, D) to the nearest training code (M, D), over the typical nearest distance among those.
+class TrainingCodes:
+    """Training codes (M, D), to say how far other codes are from them."""
 
-    About 1: as close as training codes are to each other; much more: an image unlike those that the CAE learned from.
-    A training code itself has distance 0, so the number says something of new images only.
-    """
-    from sklearn.neighbors import NearestNeighbors
+    def __init__(self, codes: np.ndarray) -> None:
+        from sklearn.neighbors import NearestNeighbors
 
-    nearest = NearestNeighbors(n_neighbors=2).fit(training)
-    typical = np.median(nearest.kneighbors(training)[0][:, 1])
-    return nearest.kneighbors(codes, 1)[0][:, 0] / max(float(typical), 1e-12)
+        self._nearest = NearestNeighbors(n_neighbors=2).fit(codes)
+        self._typical = max(float(np.median(self._nearest.kneighbors(codes)[0][:, 1])), 1e-12)
+
+    def distance_to(self, codes: np.ndarray) -> np.ndarray:
+        """Distance (N,) of codes (N, D) to the nearest training code, over the typical nearest one among those.
+
+        About 1: as close as training codes are to each other; much more: an image unlike those that the CAE learned
+        from. A training code itself has distance 0, so the number says something of new images only.
+        """
+        return self._nearest.kneighbors(codes, 1)[0][:, 0] / self._typical

@@ -46,7 +46,15 @@ class _Task:
 
 
 def bulk(
-    run: Run, options: RunOptions, stage: str, units: list[Unit], worker: type, out: str, **arguments: Any
+    run: Run,
+    options: RunOptions,
+    stage: str,
+    units: list[Unit],
+    worker: type,
+    out: str,
+    *,
+    on_gpu: bool = True,
+    **arguments: Any,
 ) -> None:
     """Do every unit whose part is not in `out` yet; `worker(run, **arguments)` is called on one unit at a time.
 
@@ -59,8 +67,9 @@ def bulk(
         print(f"{stage:9} {len(units) - len(pending)} of {len(units)} parts are there already", flush=True)
     if not pending:
         return
-    gpus = gpus_of(options)
-    actors = min(len(pending), options.workers or gpus or min(cores(), -(-rows // ACTOR_ROWS)))
+    gpus = gpus_of(options) if on_gpu else 0
+    wanted = options.workers or gpus or min(cores(), -(-rows // ACTOR_ROWS))
+    actors = min(len(pending), max(1, min(wanted, gpus or cores())))
     data = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
         _Task,  # type: ignore[arg-type]  # a class whose instances are called, as Ray Data's actors want it
         fn_constructor_kwargs={

@@ -115,7 +115,7 @@ def _train(run: Run, options: ClassifyOptions, names: tuple[str, ...]) -> None:
     fit_torch(run, options, "classify", _train_loop, {
         "folder": run.folder, "ids": index.id.to_numpy(), "labels": index.label.to_numpy(np.int64), "names": names,
         "config": asdict(options.resnet), "size": options.model.image_size, "fit": options.fit, "seed": options.seed,
-    })  # fmt: skip
+    }, options.resnet.batch)  # fmt: skip
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     steps_per_epoch = max(1, len(labels) // options.batch)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
     total = options.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2 * options.lr, total_steps=total)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total)
     first = 0
     state = last_checkpoint(device)
     if state is not None:

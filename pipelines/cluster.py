@@ -58,9 +58,20 @@ def cores() -> int:
     return int(ray.cluster_resources()["CPU"]) if "RAY_ADDRESS" in os.environ else os.cpu_count() or 1
 
 
-def train_workers(options: RunOptions) -> int:
-    """Processes that train together."""
-    return options.workers or gpus_of(options) or 1
+def train_workers(options: RunOptions, batch: int) -> int:
+    """Processes that train together on steps of `batch`: as asked for, else as many GPUs as divide it, else 1.
+
+    Raises UserError for more than the cluster has, or than divide the step.
+    """
+    gpus = gpus_of(options)
+    if options.workers == 0:
+        return max((n for n in range(1, gpus + 1) if batch % n == 0), default=1)
+    there, kind = (gpus, "GPUs") if gpus else (int(ray.cluster_resources()["CPU"]), "CPU slots")
+    if options.workers > there:
+        raise UserError(f"--workers {options.workers}, but the Ray cluster has {there} {kind}: ask for fewer")
+    if batch % options.workers:
+        raise UserError(f"steps of {batch} do not divide among {options.workers} workers: choose another --workers")
+    return options.workers
 
 
 def place(module: ModuleT, device: torch.device | str) -> ModuleT:
@@ -73,12 +84,12 @@ def threads_for(processes: int) -> int:
     return max(1, (os.cpu_count() or 1) // processes)
 
 
-def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, Any]) -> Any:
+def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, Any], batch: int) -> Any:
     """Run a training loop under Ray Train on `--workers` processes; it resumes at the run folder's last checkpoint.
 
-    Returns what the loop returns on rank 0.
+    The workers share steps of `batch`. Returns what the loop returns on rank 0.
     """
-    gpus, workers = gpus_of(options), train_workers(options)
+    gpus, workers = gpus_of(options), train_workers(options, batch)
     trainer = TorchTrainer(
         loop,
         train_loop_config=config | {"threads": threads_for(workers), "tracking": runs.tracking_of_stage()},

@@ -29,6 +29,7 @@ from pipelines.run import Run
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 METHODS = ("CAE", "Grad-CAM", *CONTROLS)
 SWAPS = 2000  # images a split whose class codes are swapped, at most
+SEPARATED = 20_000  # codes a split that the forest learns from, at most
 CURVE = 0.30  # share of the image to which perturbation curves are drawn
 HEADLINE = 0.075  # share of the image over which AOPC is taken: the paper's 100 patches of 7x7 on 256x256
 
@@ -120,11 +121,12 @@ def _units(run: Run, options: EvaluateOptions) -> list[Unit]:
     located = set(right.id)  # where the truth is known, maps are held to it on all of these
     measured = set(right.id.to_numpy()[rng.permutation(len(right))[: options.evaluated]])
     units = []
+    no_swap = {"donor": None, "donor_class": None, "donor_code": None}
     for unit in shard_units(run, tuple(splits)):
         ids = read_unit(run, unit, ["id"])["id"].to_pylist()
         tasks = [
-            {"row": i, "measured": name in measured, "located": name in located, **plan[name]}
-            for i, name in enumerate(ids) if name in plan
+            {"row": i, "measured": name in measured, "located": name in located, **plan.get(name, no_swap)}
+            for i, name in enumerate(ids) if name in plan or name in located
         ]  # fmt: skip
         # Short units keep every core busy to the end.
         for start in range(0, len(tasks), 64):
@@ -150,19 +152,22 @@ class EvaluateWorker:
         with torch.no_grad():
             code, individual = self.cae.encode(x)
             reconstruction = self.cae.decode(code, individual)
-            donor_code = torch.tensor([task["donor_code"] for task in tasks], device=self.device)
+            donor_code = code.clone()  # an image without a donor keeps its own
+            swaps = [i for i, task in enumerate(tasks) if task["donor"] is not None]
+            for i in swaps:
+                donor_code[i] = torch.tensor(tasks[i]["donor_code"])
             swapped = self.cae.decode(donor_code, individual)
         p_x, p_reconstruction, p_swap = (self.blackbox.probabilities(image) for image in (x, reconstruction, swapped))
-        target = torch.tensor([task["donor_class"] for task in tasks], device=self.device)
-        rows = [
-            {"id": name, "split": split_of(unit), "donor": task["donor"], "source": int(a),
-             "swap_target": task["donor_class"],
-             "reconstruction_predicted": int(b), "swap_predicted": int(c), "swap_p": float(d),
+        rows: list[dict[str, Any]] = [
+            {"id": name, "split": split_of(unit), "source": a, "reconstruction_predicted": b,
              "measured": task["measured"]}
-            for name, task, a, b, c, d in zip(
-                table["id"].to_pylist(), tasks, p_x.argmax(1), p_reconstruction.argmax(1), p_swap.argmax(1),
-                p_swap.gather(1, target[:, None])[:, 0], strict=True)
+            for name, task, a, b in zip(table["id"].to_pylist(), tasks, p_x.argmax(1).tolist(),
+                                        p_reconstruction.argmax(1).tolist(), strict=True)
         ]  # fmt: skip
+        for i in swaps:
+            target = tasks[i]["donor_class"]
+            rows[i] |= {"donor": tasks[i]["donor"], "swap_target": target, "swap_predicted": int(p_swap[i].argmax()),
+                        "swap_p": float(p_swap[i, target])}  # fmt: skip
         masks = self._masks(table)
         located = [task["located"] and bool(mask.any()) for task, mask in zip(tasks, masks, strict=True)]
         chosen = [i for i, task in enumerate(tasks) if task["measured"] or located[i]]
@@ -248,7 +253,8 @@ def _schema() -> pa.Schema:
 def swap_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     """Table IV: share of swaps that b gives the class of the code put in, by split and direction."""
     out = []
-    for split, part in rows.groupby("split"):
+    for split, part in rows.dropna(subset="donor").groupby("split"):
+        part = part.astype({"swap_target": int, "swap_predicted": int})
         groups: list[tuple[str, pd.DataFrame]] = [("all", part)]
         groups += [(f"{names[a]} to {names[b]}", g) for (a, b), g in part.groupby(["source", "swap_target"])]
         for direction, group in groups:
@@ -257,7 +263,7 @@ def swap_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
                 "success": float((group.swap_predicted == group.swap_target).mean()),
                 "reconstruction_keeps_class": float((group.reconstruction_predicted == group.source).mean()),
             })  # fmt: skip
-    return pd.DataFrame(out)
+    return pd.DataFrame(out, columns=None if out else ["split", "direction", "images", "success"])
 
 
 def separability_table(run: Run, seed: int) -> pd.DataFrame:
@@ -267,6 +273,7 @@ def separability_table(run: Run, seed: int) -> pd.DataFrame:
     for split, part in codes.groupby("split"):
         counts = part.predicted.value_counts()
         part = part[part.predicted.isin(counts[counts > 1].index)]
+        part = part.sample(min(len(part), SEPARATED), random_state=seed)
         if part.predicted.nunique() > 1:
             found = metrics.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed)
             out.append({"split": split, "images": len(part)} | found)

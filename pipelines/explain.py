@@ -76,6 +76,8 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
          counters=counters, known=known, targets=options.targets, frames=options.frames,
          how=path_options(options))  # fmt: skip
     found = read_table(run, "explanations", ["id", "split", "status"])
+    if not len(found):
+        raise UserError(f"the classifier gives every image the class {options.targets} already: choose other --targets")
     status, split = np.array(found["status"].to_pylist()), np.array(found["split"].to_pylist())
     metrics = {f"explain/{s}/flipped": float((status[split == s] == "flipped").mean()) for s in np.unique(split)}
     counts = Counter(status.tolist())
@@ -104,7 +106,8 @@ class ExplainWorker:
                  counters: dict[int, tuple[str, np.ndarray]], known: np.ndarray, targets: str, frames: bool,
                  how: dict[str, Any]) -> None:  # fmt: skip
         self.run, self.names, self.size, self.fit, self.device = run, names, size, fit, device
-        self.counters, self.known, self.targets, self.frames, self.how = counters, known, targets, frames, how
+        self.counters, self.targets, self.frames, self.how = counters, targets, frames, how
+        self.known = manifold.TrainingCodes(known)
         self.blackbox = place(classifiers.load(spec, names), device)
         self.cae = place(training.load(run.path("cae")), device)
 
@@ -114,7 +117,14 @@ class ExplainWorker:
             ids = batch["id"].to_pylist()
             arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
             p = self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu()
-            images, targets = self._targets(p)
+            images, targets = [], []
+            for i, label in self._targets(p):
+                if label in self.counters:
+                    images.append(i)
+                    targets.append(label)
+                else:
+                    reason = f"the classifier gives no training image the class {self.names[label]}: no code to walk to"
+                    rows.append(self._failed(ids[i], int(p[i].argmax()), label, reason))
             for start in range(0, len(images), BATCH):
                 chosen = slice(start, start + BATCH)
                 rows += self._explain(arrays, ids, p, images[chosen], targets[chosen])
@@ -127,18 +137,21 @@ class ExplainWorker:
             row["split"] = split_of(unit)
         return pa.Table.from_pylist(rows, _schema(self.size))
 
-    def _targets(self, p: Tensor) -> tuple[list[int], list[int]]:
+    def _targets(self, p: Tensor) -> list[tuple[int, int]]:
         """Image index and target class of every explanation asked for, for probabilities (B, C)."""
         order = p.argsort(1, descending=True).tolist()
         pairs = []
-        for i, ranked in enumerate(order):
-            others = [label for label in ranked[1:] if label in self.counters]
+        for i, (_, *others) in enumerate(order):
             if self.targets in self.names:
                 others = [label for label in others if self.names[label] == self.targets]
             elif self.targets == "runner-up":
-                others = others[:1]
+                others = [label for label in others if label in self.counters][:1] or others[:1]
             pairs += [(i, label) for label in others]
-        return [i for i, _ in pairs], [label for _, label in pairs]
+        return pairs
+
+    def _failed(self, name: str, source: int, target: int, reason: str) -> dict[str, Any]:
+        return {"id": name, "source": source, "target": target, "status": "failed", "error": reason,
+                "mode": self.how["mode"], "size": self.size}  # fmt: skip
 
     def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int],
                  targets: list[int]) -> list[dict[str, Any]]:  # fmt: skip
@@ -157,9 +170,8 @@ class ExplainWorker:
                     row for i, t in zip(images, targets, strict=True) for row in self._explain(arrays, ids, p, [i], [t])
                 ]
             reason = str(error).splitlines()[0]
-            return [common | {"id": ids[images[0]], "source": int(source[0]), "target": targets[0], "status": "failed",
-                              "error": reason, "counter_id": self.counters[targets[0]][0]}]  # fmt: skip
-        distance = manifold.distance_to(class_codes, self.known)
+            return [self._failed(ids[images[0]], int(source[0]), targets[0], reason)]
+        distance = self.known.distance_to(class_codes)
         return [
             common | {"id": ids[image], "source": int(source[k]), "target": targets[k],
                       "counter_id": self.counters[targets[k]][0], "code_distance": float(distance[k])}

@@ -107,9 +107,10 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
         Section(
             "Measuring the maps",
             "The top-ranked places of each map are overwritten with noise, and the fall of the classifier's "
-            "probability is measured; more is better. Disjoint patches cover the same area for every method and are "
-            "the headline; the paper's form lets them overlap, which rewards noisy maps. A method that does not beat "
-            "the grey controls explains nothing. Differences are paired over images, with 95% bootstrap intervals.",
+            "probability is measured; more is better. Disjoint patches, cut off only at the border, cover nearly the "
+            "same area for every method and are the headline; the paper's form lets them overlap, which rewards noisy "
+            "maps. A method that does not beat the grey controls explains nothing. Differences are paired "
+            "over images, with 95% bootstrap intervals.",
             shown("perturbation"),
             table("Eq. 11 (AOPC) and Eq. 12 (PD)", "perturbation") + table("Against the known truth", "localisation"),
         ),
@@ -141,6 +142,44 @@ def _pictures(
     run: Run, options: EvaluateOptions, rows: pd.DataFrame, names: tuple[str, ...]
 ) -> dict[str, tuple[str, Figure]]:
     """Name -> caption and figure."""
+    donated = rows.dropna(subset="donor")
+    pictures = {} if donated.empty else _examples(run, options, donated, names)
+
+    table = _projections(run)
+    splits = table.split.to_numpy()
+    projections = {"PCA": table[["pca_1", "pca_2"]].to_numpy()}
+    drawn = table.tsne_1.notna().to_numpy()
+    if drawn.sum() > 2:
+        projections["t-SNE"] = table[["tsne_1", "tsne_2"]].to_numpy()
+    pictures["manifold"] = (
+        "Class codes of every split; colour is the classifier's prediction.",
+        figures.manifold(projections, table.predicted.to_numpy(), names, splits),
+    )
+
+    measured = rows[rows.measured]
+    if len(measured):
+        from pipelines.evaluate import METHODS
+
+        curves = {m: np.stack(measured[f"{m}/curve"].to_list()) for m in METHODS}
+        steps = len(next(iter(curves.values()))[0])
+        pictures["perturbation"] = (
+            f"Mean fall of the probability of the predicted class over {len(measured)} images of the "
+            f"{measured.split.iloc[0]} split, by the share of the image destroyed in disjoint 7x7 patches.",
+            figures.perturbation_curves(
+                {m: curve.mean(0) for m, curve in curves.items()},
+                np.arange(1, steps + 1) * 49 / options.model.image_size**2,
+            ),
+        )
+    history = runs.read_history(run, "train")
+    if history:
+        pictures["training"] = ("Loss terms before their weights.", figures.training_curves(history))
+    return pictures
+
+
+def _examples(
+    run: Run, options: EvaluateOptions, rows: pd.DataFrame, names: tuple[str, ...]
+) -> dict[str, tuple[str, Figure]]:
+    """Swaps, paths and maps of a few images."""
     size = options.model.image_size
     blackbox = classifiers.load(run.result("classify")["spec"], names)
     cae = training.load(run.path("cae"))
@@ -186,34 +225,6 @@ def _pictures(
         "Maps over their images.",
         figures.maps_by_method(images, {f"CAE, {options.mode}": heat}, captions),
     )
-
-    table = _projections(run)
-    splits = table.split.to_numpy()
-    projections = {"PCA": table[["pca_1", "pca_2"]].to_numpy()}
-    drawn = table.tsne_1.notna().to_numpy()
-    if drawn.sum() > 2:
-        projections["t-SNE"] = table[["tsne_1", "tsne_2"]].to_numpy()
-    pictures["manifold"] = (
-        "Class codes of every split; colour is the classifier's prediction.",
-        figures.manifold(projections, table.predicted.to_numpy(), names, splits),
-    )
-
-    measured = rows[rows.measured]
-    if len(measured):
-        from pipelines.evaluate import METHODS
-
-        curves = {m: np.stack(measured[f"{m}/curve"].to_list()) for m in METHODS}
-        steps = len(next(iter(curves.values()))[0])
-        pictures["perturbation"] = (
-            f"Mean fall of the probability of the predicted class over {len(measured)} images of the "
-            f"{measured.split.iloc[0]} split, by the share of the image destroyed in disjoint 7x7 patches.",
-            figures.perturbation_curves(
-                {m: curve.mean(0) for m, curve in curves.items()}, np.arange(1, steps + 1) * 49 / size**2
-            ),
-        )
-    history = runs.read_history(run, "train")
-    if history:
-        pictures["training"] = ("Loss terms before their weights.", figures.training_curves(history))
     return pictures
 
 

@@ -13,8 +13,10 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +75,15 @@ class RunOptions:
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
 FREE = {"run", "tracking_uri", "experiment", "device", "workers", "stages"}
+# What each stage leaves in the run folder, to go on from or to drop when it starts over.
+WRITES = {
+    "shard": ("shards",),
+    "classify": ("checkpoints/classify", "classifier", "predictions"),
+    "train": ("checkpoints/train", "cae"),
+    "embed": ("codes", "manifold"),
+    "explain": ("explanations",),
+    "evaluate": ("evaluation/images",),
+}
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -123,6 +134,15 @@ class Run:
         """Whether a stage has finished."""
         return "result" in self.state["stages"].get(stage, {})
 
+    def bound(self, stage: str) -> bool:
+        """Whether a stage is held to the options it was begun with: done, or stopped with work worth going on from.
+
+        One that failed for a mistake in its options is free to start over with others.
+        """
+        state = self.state["stages"].get(stage, {})
+        left = any(self.fs.exists(self.path(name)) for name in WRITES[stage])
+        return self.done(stage) or (bool(state) and not state.get("mistake") and left)
+
 
 def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> OptionsT:
     """Options from the command line, on top of what the run folder holds, on top of the preset.
@@ -168,18 +188,28 @@ def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> N
         sys.exit(f"error: {reason}")
 
 
-def _user_error(error: BaseException | None) -> str | None:
+def _user_error(error: BaseException) -> str | None:
     """The one-line reason when an error, or what caused it in a worker, is the user's to mend; else None."""
+    mistake = _mistake(error)
+    if isinstance(mistake, OSError):
+        return f"{mistake.strerror}: {mistake.filename or 'the run folder'}"
+    if isinstance(mistake, mlflow.exceptions.MlflowException):
+        return f"MLflow: {str(mistake).splitlines()[0][:300]} (see --tracking-uri)"
+    return None if mistake is None else str(mistake)
+
+
+def _mistake(error: BaseException | None) -> BaseException | None:
+    """Of an error and what caused it, in a worker perhaps, the one that the user can mend, if any."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            return f"{error.strerror}: {error.filename or 'the run folder'}"
+            return error
         if isinstance(error, mlflow.exceptions.MlflowException):
-            return f"MLflow: {str(error).splitlines()[0][:300]} (see --tracking-uri)"
+            return error
         # Pillow's, torch's and our own ValueErrors look alike; ours fit one line.
         if isinstance(error, ValueError) and "\n" not in str(error):
-            return str(error)
+            return error
         failures = getattr(error, "worker_failures", None)
         error = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
     return None
@@ -218,8 +248,12 @@ def _from_dict(cls: type, stored: dict[str, Any], preset: Preset) -> Any:
 
 def flat(options: RunOptions) -> dict[str, Any]:
     """Options as one flat table: flag name -> value."""
+    return _flat(dataclasses.asdict(options))
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
     table: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(options).items():
+    for name, value in options.items():
         if isinstance(value, dict):
             table |= {f"{name}.{k}" if name == "resnet" else k: v for k, v in value.items()}
         else:
@@ -241,16 +275,29 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
         print(f"{name:9} already done in {run.folder}", flush=True)
         return run.state["stages"][name]["result"]
     table = dataclasses.asdict(options)
+    options_before = dict(run.state["options"])
     run.state["options"] |= table
     run.state |= {"versions": _versions(), "git": _git_commit()}
+    decisive = json.loads(json.dumps({field: table[field] for field in ("seed", *own)}))
     begun_before = run.state["stages"].get(name, {})
-    run.state["stages"][name] = begun_before | {"options": {field: table[field] for field in ("seed", *own)}}
+    if begun_before and begun_before["options"] != decisive:
+        for left in WRITES[name]:
+            if run.fs.exists(run.path(left)):
+                run.fs.rm(run.path(left), recursive=True)
+    run.state["stages"][name] = begun_before | {"options": decisive, "mistake": False}
     run.save()
     begun = time.time()
-    with _tracked(run, options, name):
-        result = work(run, options)
-        seconds = time.time() - begun
-        log_metrics({f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)})
+    try:
+        with _tracked(run, options, name):
+            result = work(run, options)
+            seconds = time.time() - begun
+            log_metrics({f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)})
+    except Exception as error:
+        if isinstance(_mistake(error), ValueError):  # the options that led here must not become the defaults
+            run.state["options"] = options_before
+            run.state["stages"][name]["mistake"] = True
+            run.save()
+        raise
     run.state["stages"][name] |= {"seconds": round(seconds, 1), "result": result}
     run.save()
     says = result.get("says", "done")
@@ -259,20 +306,20 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
 
 
 def refuse_contradictions(run: Run, options: RunOptions) -> None:
-    """Raise UserError when an option differs from the one that a stage of the run was begun with."""
-    table = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    """Raise UserError when an option differs from the one that a stage of the run was made with."""
+    table = json.loads(json.dumps(flat(options), default=str))
     for stage, state in run.state["stages"].items():
-        for field, was in state["options"].items():
-            if field in FREE or field not in table or table[field] == was:
+        if not run.bound(stage):
+            continue
+        # A run folder of an earlier version may know fewer options, or more.
+        for field, was in _flat(state["options"]).items():
+            if field in FREE or table.get(field, was) == was:
                 continue
-            now = table[field]
-            if isinstance(was, dict):
-                field = next(k for k in was if now[k] != was[k])
-                was, now = was[field], now[field]
-            flag = "--" + field.replace("_", "-")
+            flag, to_drop = "--" + field.replace("_", "-"), " and ".join(WRITES[stage])
+            over = "" if run.done(stage) else f", or delete its {to_drop} to start this stage over"
             raise UserError(
-                f"{flag} {now} contradicts the stage {stage} of {run.folder}, made with {flag} {was}: "
-                f"choose another --run folder, or leave the option out"
+                f"{flag} {table[field]} contradicts the stage {stage} of {run.folder}, made with {flag} {was}: "
+                f"choose another --run folder, or leave the option out{over}"
             )
 
 
@@ -283,8 +330,11 @@ def _versions() -> dict[str, str]:
 
 def _git_commit() -> str:
     here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        return ""
 
 
 # --- MLflow ---------------------------------------------------------------------------------------------------------
@@ -349,6 +399,8 @@ def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
     active = mlflow.active_run()
     if active is None:  # a worker that is not rank 0
         return
+    # MLflow refuses other characters, which class names may hold.
+    metrics = {re.sub(r"[^\w.\- :/]", "_", name): value for name, value in metrics.items()}
     mlflow.log_metrics(metrics, step=step)
     if step is None:
         client, parent = mlflow.MlflowClient(), active.data.tags["mlflow.parentRunId"]
@@ -357,17 +409,21 @@ def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
 
 
 def log_folder(run: Run, folder: str, whole: bool = False) -> None:
-    """A folder (or file) of the run as artifacts of the active stage, or of the whole run."""
+    """A folder (or file) of the run, if it is there, as artifacts of the active stage, or of the whole run."""
     active = _active()
     run_id = active.data.tags["mlflow.parentRunId"] if whole else active.info.run_id
     client = mlflow.MlflowClient()
-    local = run.path(folder)
-    if "://" in local:
-        local = fsspec.open_local(f"simplecache::{local}")
-    if os.path.isdir(local):
-        client.log_artifacts(run_id, local, folder)
-    else:
-        client.log_artifact(run_id, local)
+    if not run.fs.exists(run.path(folder)):
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        local = run.path(folder)
+        if "://" in local:
+            local = f"{copy}/{os.path.basename(folder)}"
+            run.fs.get(run.path(folder), local, recursive=run.fs.isdir(run.path(folder)))
+        if os.path.isdir(local):
+            client.log_artifacts(run_id, local, folder)
+        else:
+            client.log_artifact(run_id, local)
 
 
 def log_dataset(name: str, source: str, digest: str, **counts: int) -> None:
@@ -394,7 +450,10 @@ def read_history(run: Run, stage: str) -> dict[str, list[tuple[int, float]]]:
     if run_id is None:
         return {}
     client = mlflow.MlflowClient()
-    names = [name for name in client.get_run(run_id).data.metrics if name.startswith(f"{stage}/")]
+    try:
+        names = [name for name in client.get_run(run_id).data.metrics if name.startswith(f"{stage}/")]
+    except mlflow.exceptions.MlflowException:  # that stage was tracked in another store
+        return {}
     curves = {
         name.split("/", 1)[1]: [(m.step, m.value) for m in client.get_metric_history(run_id, name)] for name in names
     }

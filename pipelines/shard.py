@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cae import data, images, synthetic
+from cae import classifiers, data, images, synthetic
 from cae.data import Item
 from pipelines import run as runs
 from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, write_table
@@ -48,14 +48,15 @@ class ShardOptions(RunOptions):
     data_root: str = ""
     """Folder (or s3://…) that holds the named data sets. Default: $CAE_DATA, else ./data."""
     images: int = 1000
-    """Images to generate for the data set `synthetic`."""
+    """Images to generate for the data set `synthetic`, at the preset's image size."""
     classes: int = 2
     """Classes of the data set `synthetic`: 2 or 4."""
     shortcut: bool = False
     """Plant a marker that goes with the last class into the data set `synthetic`."""
     classifier: str = ""
     """The black box: empty to train one (the images then need labels), a folder with one saved by this project, or
-    torchvision:NAME@WEIGHTS.safetensors. Its classes must be those of the data, in sorted order."""
+    torchvision:NAME@WEIGHTS.safetensors, whose outputs are the data's classes in sorted order, or just numbered where
+    the data is a flat folder. The data may lack some of the classes of a saved one."""
 
 
 def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
@@ -68,13 +69,18 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
         arguments: dict[str, Any] = {"config": config}
     else:
         source = data.locate(options.dataset, options.data_root or None)
-        items = None if source.endswith(".npz") else data.list_images(source)
-        names = sorted({i.label for i in items or [i for i, _ in data.read_npz(source)] if i.label is not None})
-        present = {item.split for item in items or []}
-        units = [{"npz": source, "part": "npz.parquet", "rows": 0}] if items is None else _chunks(items)
+        archive = source.endswith(".npz")
+        items = [item for item, _ in data.read_npz(source)] if archive else data.list_images(source)
+        # Folders in torchvision's order, numbers by their size.
+        names = sorted({item.label for item in items if item.label is not None},
+                       key=lambda name: (archive and name.isdigit() and int(name), name))  # fmt: skip
+        if options.classifier:
+            names = list(classifiers.class_names(options.classifier, tuple(names)))
+        present = {item.split for item in items}
+        units = [{"npz": source, "part": "npz.parquet", "rows": len(items)}] if archive else _chunks(items)
         arguments = {"names": names, "present": present, "label_free": bool(options.classifier)}
     _start_over_if_changed(run, units)
-    bulk(run, options, "shard", units, ShardWorker, "shards/_parts", **arguments)
+    bulk(run, options, "shard", units, ShardWorker, "shards/_parts", on_gpu=False, **arguments)
 
     rejected = pa.concat_tables([_read(run, part) for part in list_parts(run, "shards/_parts")])
     write_table(run, "shards/rejected.parquet", rejected.sort_by("id"))
@@ -85,7 +91,10 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
     index = read_index(run)
     rows = index.to_pylist()
     if not options.classifier:
-        data.check_classes([Item("", r["id"], r["split"], r["class_name"], None) for r in rows])
+        readable = data.check_classes([Item("", r["id"], r["split"], r["class_name"], None) for r in rows])
+        empty = sorted(set(names) - set(readable))
+        if empty and options.dataset != "synthetic":
+            raise UserError(f"class {empty[0]!r} has no readable image: take its folder out of {source}")
     counts = dict(Counter(row["split"] for row in rows))
     digest = hashlib.sha256("\n".join(sorted(index["id"].to_pylist())).encode()).hexdigest()[:16]
     runs.log_dataset(options.dataset, source, digest, **counts)
@@ -138,9 +147,14 @@ def _ranges(count: int) -> list[Unit]:
 
 
 def _start_over_if_changed(run: Run, units: list[Unit]) -> None:
-    """Drop what an interrupted call left behind when the source has changed since: its parts no longer fit."""
+    """Drop what an interrupted call left behind when the source has changed since: its parts no longer fit.
+
+    Raises UserError for a folder `shards` that is none of ours.
+    """
     listing = hashlib.sha256(repr(units).encode()).hexdigest()[:16]
     if run.state.get("listing") != listing and run.fs.exists(run.path("shards")):
+        if "listing" not in run.state:
+            raise UserError(f"{run.folder} has a folder shards that no run of ours made: choose another --run")
         run.fs.rm(run.path("shards"), recursive=True)
     run.state["listing"] = listing
     run.save()
@@ -168,24 +182,26 @@ class ShardWorker:
             write_table(self.run, f"shards/split={split}/{part}-{written[split]:04d}.parquet", rows)
             written[split] += 1
 
-        for item, content, mask in self._read(unit):
+        for item, content, mask, error in self._read(unit):
             digest = hashlib.sha256(content).hexdigest()[:16]
             # Exact duplicates go to the same split when nothing else ties them together.
             tied = item if item.group is not None else Item(item.path, item.name, item.split, item.label, digest)
             split = data.split_of(tied, self.present, self.label_free)
+            name = f"{_text(item.name)}#{digest}"
             try:
                 picture = images.load(content)
-            except images.UnreadableImage as error:
-                bad.append({"id": f"{item.name}#{digest}", "source": item.path, "split": split, "reason": str(error)})
+            except images.UnreadableImage as unreadable:
+                reason = error or str(unreadable)
+                bad.append({"id": name, "source": _text(item.path), "split": split, "reason": reason})
                 continue
             pixels = np.asarray(picture)
             grey = bool((pixels == pixels[..., :1]).all())
             # A JPEG stays as it is; anything else becomes a PNG that any reader opens.
             image = content if content[:2] == b"\xff\xd8" else images.encode_png(pixels)
             good.setdefault(split, []).append({
-                "id": f"{item.name}#{digest}", "image": image, "height": picture.height, "width": picture.width,
+                "id": name, "image": image, "height": picture.height, "width": picture.width,
                 "label": None if item.label is None else self.names.index(item.label), "class_name": item.label,
-                "group": item.group, "source": item.path, "grey": grey, "mask": mask,
+                "group": item.group, "source": _text(item.path), "grey": grey, "mask": mask,
             })  # fmt: skip
             if len(good[split]) == UNIT_ROWS:
                 flush(split)
@@ -193,24 +209,31 @@ class ShardWorker:
             flush(split)
         return pa.Table.from_pylist(bad, REJECTED)
 
-    def _read(self, unit: Unit) -> Iterator[tuple[Item, bytes, bytes | None]]:
-        """Item, encoded image and encoded mask of each image of the unit."""
+    def _read(self, unit: Unit) -> Iterator[tuple[Item, bytes, bytes | None, str]]:
+        """Of each image of the unit: item, encoded image, encoded mask, and why the file could not be read, if so."""
         if self.config is not None:
             for index in range(unit["start"], unit["stop"]):
                 sample = synthetic.draw(self.config, index)
                 item = Item("synthetic", f"{index:07d}", sample.split, self.names[sample.label], None)
-                yield item, images.encode_png(sample.image), images.encode_png(sample.mask.astype("uint8") * 255)
+                yield item, images.encode_png(sample.image), images.encode_png(sample.mask.astype("uint8") * 255), ""
         elif "npz" in unit:
             for item, array in data.read_npz(unit["npz"]):
-                yield item, images.encode_png(array), None
+                yield item, images.encode_png(array), None, ""
         else:
             for fields in unit["items"]:
                 item = Item(**fields)
                 try:
                     with fsspec.open(item.path, "rb") as file:
-                        yield item, file.read(), None
-                except OSError:
-                    yield item, b"", None  # no image either way; the row says so
+                        yield item, file.read(), None, ""
+                except (TimeoutError, ConnectionError):
+                    raise  # not the file's fault: the unit is done again
+                except OSError as error:
+                    yield item, b"", None, f"the file cannot be read: {error.strerror or error}"
+
+
+def _text(name: str) -> str:
+    """A file name as Parquet takes it: bytes that are no UTF-8 become question marks."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 OWN = ("dataset", "preset", "data_root", "images", "classes", "shortcut", "classifier")

@@ -50,9 +50,7 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     if options.authors_generator:
         return _take(run, options)
     connect()
-    workers = train_workers(options)
-    if options.train.batch % workers:
-        raise UserError(f"--batch {options.train.batch} does not divide among {workers} workers: choose a multiple")
+    train_workers(options, options.train.batch)  # refuses early
     chosen = run.result("classify")
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label
@@ -76,7 +74,7 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
-    })  # fmt: skip
+    }, options.train.batch)  # fmt: skip
     runs.log_folder(run, "cae")
     return {"says": f"{len(pairs.index):,} pairs, held-out swap success {result['train/swap_success']:.3f}", **result}
 
@@ -143,7 +141,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
                 means = {f"train/{name}": float(total) / since for name, total in sums.items()}
                 bad = [name for name, value in means.items() if not math.isfinite(value)]
                 if bad:
-                    raise FloatingPointError(f"{', '.join(bad)} is not finite: lower --lr")
+                    raise UserError(f"{', '.join(bad)} is not finite: lower --lr")
                 pairs = trainer.step_count * options.batch
                 rate = (trainer.step_count - first) * options.batch / (time.time() - begun)
                 left = (steps - trainer.step_count) * options.batch / rate / 60
@@ -173,18 +171,19 @@ def _preview(trainer: training.Trainer, blackbox: classifiers.BlackBox, images: 
     cae = trainer.best
     x = to_tensor(images, device)
     rng = np.random.default_rng(0)
-    donors = np.array([rng.choice(np.flatnonzero(y != mine)) for mine in y]) if len(set(y)) > 1 else np.arange(len(y))
+    mixed = len(set(y)) > 1  # else there is nothing to swap
+    donors = np.array([rng.choice(np.flatnonzero(y != mine)) for mine in y]) if mixed else np.arange(len(y))
     reconstruction, swapped = swap(cae, x, x[donors])
     p = blackbox.probabilities(swapped).cpu().numpy()
     target = y[donors]
-    captions = [f"{names[y[i]]} → {names[target[i]]}\np={p[i, target[i]]:.2f}" for i in range(8)]
+    captions = [f"{names[y[i]]} → {names[target[i]]}\np={p[i, target[i]]:.2f}" for i in range(min(8, len(y)))]
     figure = figures.swaps(
         images[:8], to_array(reconstruction[:8]), to_array(swapped[:8]), images[donors[:8]], captions
     )
     pairs = trainer.step_count * trainer.config.batch
     runs.log_figure(figure, f"swaps/{pairs:08d}.png")
     metrics = {
-        "train/swap_success": float((p.argmax(1) == target).mean()),
+        "train/swap_success": float((p.argmax(1) == target).mean()) if mixed else math.nan,
         "train/val_recon_x": float((reconstruction - x).abs().mean()),
     }
     runs.log_metrics(metrics, step=pairs)

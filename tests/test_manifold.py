@@ -5,7 +5,11 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from cae import manifold
-from cae.manifold import distance_to, medoids, project
+from cae.manifold import TrainingCodes, medoids, project
+
+
+def distance_to(codes: np.ndarray, training: np.ndarray) -> np.ndarray:
+    return TrainingCodes(training).distance_to(codes)
 
 
 def clusters(count: int = 40, classes: int = 3, dim: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
