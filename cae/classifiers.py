@@ -20,6 +20,11 @@ LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4,
 BOTTLENECK = ("resnet50", "resnet101")
 
 
+def _check_arch(name: str) -> None:
+    if name not in LAYERS:
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(LAYERS)}")
+
+
 class ResidualUnit(nn.Module):
     """He et al. 2016: two 3x3 convolutions, or 1x1, 3x3, 1x1 for a bottleneck; names and shapes as torchvision's."""
 
@@ -55,8 +60,7 @@ class ResNet(nn.Module):
 
     def __init__(self, arch: str, classes: int, stem: Literal["imagenet", "small"] = "imagenet") -> None:
         super().__init__()
-        if arch not in LAYERS:
-            raise ValueError(f"unknown network {arch!r}: choose one of {', '.join(LAYERS)}")
+        _check_arch(arch)
         bottleneck = arch in BOTTLENECK
         small = stem == "small"
         self.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
@@ -207,17 +211,18 @@ def _load_torchvision(spec: str, classes: tuple[str, ...]) -> BlackBox:
     name, _, path = spec.removeprefix("torchvision:").partition("@")
     if not path:
         raise ValueError(f"--classifier {spec} names no weights: write torchvision:NAME@FILE.safetensors")
+    _check_arch(name)
     state = read_weights(path)
     if "fc.weight" not in state:
         raise ValueError(f"the weights in {path} are no torchvision ResNet's: they hold no fc.weight")
     outputs = len(state["fc.weight"])
     classes = classes or tuple(str(i) for i in range(outputs))
-    net = ResNet(name, len(classes))
     if outputs != len(classes):
         raise ValueError(
             f"the weights in {path} have {outputs} outputs, the data has {len(classes)} classes "
             f"({', '.join(classes)}): give weights trained on these classes, in this order"
         )
+    net = ResNet(name, outputs)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

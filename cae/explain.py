@@ -78,7 +78,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
 
     def frames_at(t: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (B, T, 3, H, W) and probabilities (B, T, C) at shares t (B, T) of the way."""
-        codes = torch.lerp(class_code[:, None], counter_code[:, None], t[:, :, None])  # (B, T, D)
+        codes = torch.lerp(class_code[:, None], counter_code[:, None], t[:, :, None].to(class_code))  # (B, T, D)
         individual = individual_code[:, None].expand(-1, t.shape[1], -1, -1, -1)
         frames, probabilities = [], []
         for chunk in torch.arange(t.numel(), device=x.device).split(at_once):

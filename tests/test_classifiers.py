@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cae.classifiers import BlackBox, ResNet, augment, build, load, save
+from cae.classifiers import BlackBox, ResNet, augment, build, class_names, load, save
 from cae.config import ClassifierConfig
 
 torch.set_num_threads(1)
@@ -341,3 +341,17 @@ def test_untrained_classifiers_are_seeded_and_differ_by_seed() -> None:
         torch.manual_seed(seed)
         outputs.append(build(SMALL, CLASSES).eval()(images(2, 32)).detach().numpy())
     assert np.array_equal(outputs[0], outputs[1]) and not np.allclose(outputs[0], outputs[2])
+
+
+def test_class_names_are_the_classifiers_own_or_the_datas_or_numbers(tmp_path: Path) -> None:
+    save(str(tmp_path / "own"), build(SMALL, ("a", "b", "c")), SMALL)
+    for found in ((), ("b",), ("a", "c")):
+        assert class_names(str(tmp_path / "own"), found) == ("a", "b", "c")
+    with pytest.raises(ValueError, match=r"knows the classes a, b, c and the data has 'd'"):
+        class_names(str(tmp_path / "own"), ("a", "d"))
+    torch.save(ResNet("resnet18", 3).state_dict(), tmp_path / "net.pth")
+    spec = f"torchvision:resnet18@{tmp_path}/net.pth"
+    assert class_names(spec, ()) == ("0", "1", "2")
+    assert class_names(spec, ("x", "y", "z")) == ("x", "y", "z")
+    with pytest.raises(ValueError, match="3 outputs"):
+        class_names(spec, ("x", "y"))

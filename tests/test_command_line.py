@@ -12,7 +12,7 @@ from PIL import Image
 from cae.config import PRESETS
 from pipelines import full, shard
 from pipelines import run as runs
-from pipelines.run import Run, UserError
+from pipelines.run import Run, RunOptions, UserError
 
 
 def mistake(*words: str, script: str = "full.py", **env: str) -> str:
@@ -94,3 +94,49 @@ def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path
     assert (again.train.pairs, again.train.batch, again.splits, again.dataset) == (77, 4, ("val",), "synthetic")
     stage = runs.parse(shard.ShardOptions, ["--run", folder])
     assert stage.dataset == "synthetic"
+
+
+def stage(folder: Path, work: object, **options: object) -> dict:
+    """Run a stage called shard whose outcome depends on the preset."""
+    given = RunOptions(dataset="synthetic", run=str(folder), **options)  # type: ignore[arg-type]
+    return runs.run_stage("shard", given, work, ("preset",))  # type: ignore[arg-type]
+
+
+def test_options_that_failed_are_free_and_those_of_stopped_work_are_not(tmp_path: Path) -> None:
+    folder, part = tmp_path / "run", tmp_path / "run" / "shards" / "part"
+
+    def begin(run: Run, options: RunOptions) -> dict:
+        run.write("shards/part", options.preset.encode())
+        raise KeyboardInterrupt if options.preset == "quick" else UserError("no such thing")
+
+    with pytest.raises(UserError, match="no such thing"):
+        stage(folder, begin, preset="paper")
+    assert part.read_text() == "paper" and runs.parse(RunOptions, ["--run", str(folder), "--dataset", "x"])
+    assert "preset" not in Run(str(folder)).state["options"]  # not to be a default
+    with pytest.raises(KeyboardInterrupt):
+        stage(folder, begin)
+    assert part.read_text() == "quick"  # started over
+    with pytest.raises(UserError, match=r"--preset paper contradicts .* made with --preset quick: .*delete its shards"):
+        stage(folder, lambda run, options: {}, preset="paper")
+    assert part.read_text() == "quick"
+    assert stage(folder, lambda run, options: {"share of {a+b}": 0.5}) == {"share of {a+b}": 0.5}  # odd for MLflow
+    assert part.read_text() == "quick"  # went on
+    part.unlink()
+    with pytest.raises(UserError, match="contradicts"):
+        stage(folder, lambda run, options: {}, preset="paper")
+
+
+def test_a_run_folder_of_another_version_may_know_other_options(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stage(folder, lambda run, options: {})
+    run = Run(str(folder))
+    run.state["stages"]["shard"]["options"] |= {"train": {"forgotten": 1, "seed": 0}}
+    runs.refuse_contradictions(run, RunOptions(dataset="synthetic", run=str(folder)))
+
+
+def test_a_folder_shards_of_somebody_else_is_left_alone(tmp_path: Path, archive: Path) -> None:
+    theirs = tmp_path / "run" / "shards" / "theirs.tar"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    line = mistake("--dataset", str(archive), "--run", str(tmp_path / "run"), script="shard.py")
+    assert "no run of ours made" in line and theirs.read_text() == "precious"

@@ -17,6 +17,10 @@ from conftest import BAD, TINY, command, state
 from cae import classifiers, training
 from cae.images import decode, to_tensor
 from cae.networks import from_authors
+from pipelines.bulk import shard_units
+from pipelines.evaluate import EvaluateWorker, swap_table
+from pipelines.explain import ExplainWorker
+from pipelines.run import Run
 
 
 def parts(folder: Path) -> pd.DataFrame:
@@ -151,6 +155,46 @@ def test_stage_progress_is_one_line_each(finished: Path) -> None:
     assert (
         pq.read_schema(next((finished / "explanations").rglob("*.parquet"))).field("map").type.value_type == "halffloat"
     )
+
+
+def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finished: Path) -> None:
+    run = Run(str(finished))
+    common = {"spec": str(finished / "classifier"), "names": ("plain", "spot"), "size": 32, "fit": "crop",
+              "device": "cpu"}  # fmt: skip
+    unit = shard_units(run, ("test",))[0]
+    how = {"mode": "path", "smooth": 0.0, "steps": 2, "margin": 0.0}
+    counters = {0: ("x", np.zeros(8, np.float32))}
+    worker = ExplainWorker(run, **common, counters=counters, known=np.eye(8, dtype=np.float32), targets="runner-up",
+                           frames=False, how=how)  # fmt: skip
+    found = worker(unit | {"overlays": 0}).to_pylist()
+    assert len(found) == unit["rows"] and {row["source"] for row in found} == {0, 1}
+    for row in found:
+        assert (row["status"] == "failed") == (row["target"] == 1)
+        assert ("no training image the class spot" in row["error"]) == (row["target"] == 1)
+    tasks = [{"row": i, "measured": False, "located": False, "donor": None, "donor_class": None, "donor_code": None}
+             for i in range(2)]  # fmt: skip
+    tasks[1] |= {"donor": "d", "donor_class": 1, "donor_code": [0.0] * 8}
+    rows = EvaluateWorker(run, **common, draws=1, seed=0)(unit | {"tasks": tasks}).to_pandas()
+    assert rows.donor.isna().tolist() == rows.swap_predicted.isna().tolist() == [True, False]
+    table = swap_table(rows, ("plain", "spot"))
+    assert table.query("direction == 'all'").images.tolist() == [1]
+    assert swap_table(rows[:1], ("plain", "spot")).empty
+
+
+def test_npz_archives_keep_their_splits_and_the_order_of_their_labels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 44), ("val", 11), ("test", 11)):
+        arrays[f"{split}_images"] = rng.integers(0, 255, (count, 28, 28), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count)[:, None] % 11
+    np.savez(tmp_path / "eleven.npz", **arrays)
+    done = command("shard.py", "--dataset", str(tmp_path / "eleven.npz"), "--run", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = state(tmp_path / "run")["stages"]["shard"]["result"]
+    assert result["classes"] == [str(i) for i in range(11)]
+    assert result["counts"] == {"train": 44, "val": 11, "test": 11}
+    rows = shards(tmp_path / "run")
+    assert (rows.label.astype(str) == rows.class_name).all()
 
 
 SHAPES = Path(__file__).parents[2] / "shared/reference/authors_state_dict_shapes.json"
