@@ -41,9 +41,9 @@ class Explanation:
     reconstruction_error: Tensor
     """(B,) mean |x - reconstruction|, in units of the [-1, 1] range."""
     frames: Tensor
-    """(B, K + 2, 3, H, W): K + 1 frames evenly along the whole path, the reconstruction first, then the end used."""
+    """(B, K + 1, 3, H, W): evenly along the path, the reconstruction first; from the end of the path on, the end."""
     frame_p: Tensor
-    """(B, K + 2) b's probability of the target class for each frame."""
+    """(B, K + 1) b's probability of the target class for each frame."""
 
 
 @torch.no_grad()
@@ -76,75 +76,72 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     rows = torch.arange(batch, device=x.device)
     at_once = max(1, PIXELS_AT_ONCE // size.numel())
 
-    def frames_at(t: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (B, T, 3, H, W) and probabilities (B, T, C) at shares t (B, T) of the way."""
-        codes = torch.lerp(class_code[:, None], counter_code[:, None], t[:, :, None].to(class_code))  # (B, T, D)
-        individual = individual_code[:, None].expand(-1, t.shape[1], -1, -1, -1)
-        frames, probabilities = [], []
-        for chunk in torch.arange(t.numel(), device=x.device).split(at_once):
-            image, step = chunk // t.shape[1], chunk % t.shape[1]
-            decoded = cae.decode(codes[image, step], individual[image, step])
-            frames.append(decoded)
-            probabilities.append(blackbox.probabilities(decoded))
-        return torch.cat(frames).unflatten(0, t.shape), torch.cat(probabilities).unflatten(0, t.shape)
+    def look(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (n, 3, H, W) of some images (n,) at shares t (n,) of the way, and b's probabilities (n, C)."""
+        codes = torch.lerp(class_code[images], counter_code[images], t[:, None].to(class_code))
+        frames = [cae.decode(codes[i], individual_code[images[i]]) for i in rows[: len(images)].split(at_once)]
+        return torch.cat(frames), torch.cat([blackbox.probabilities(frame) for frame in frames])
 
-    def is_target(p: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T)."""
-        others = p.scatter(2, target[:, None, None].expand(-1, p.shape[1], 1), -1.0).amax(2)
-        return p_of(p, target) > others + margin
+    def is_target(images: Tensor, p: Tensor) -> Tensor:
+        """Whether probabilities p (n, C) put some images (n,) in their target class."""
+        label = target[images, None]
+        return p.gather(1, label)[:, 0] > p.scatter(1, label, -1.0).amax(1) + margin
 
-    grid = torch.linspace(0, 1, steps + 1, device=x.device).expand(batch, -1)
-    frames, p = frames_at(grid)  # (B, K+1, 3, H, W), (B, K+1, C)
-    flipped = is_target(p)
-    flipped[:, 0] = False  # a reconstruction that flips by itself is a status, not the end of a path
-    ever = flipped.any(1)
-    first = torch.where(ever, flipped.float().argmax(1), steps)  # (B,) index of the path's last grid frame
+    # Step by step, only those that have not flipped yet. A reconstruction that flips by itself is a status, not an end.
+    frame, p = look(rows, torch.zeros(batch, device=x.device))
+    frames, probabilities = [frame], [p]
+    first = torch.full((batch,), steps, device=x.device)  # the path's last step
+    ever = torch.zeros(batch, dtype=torch.bool, device=x.device)
+    for k in range(1, steps + 1):
+        frames.append(frames[-1].clone())
+        probabilities.append(probabilities[-1].clone())
+        walking = rows[~ever]
+        if len(walking):
+            frame, p = look(walking, torch.full((len(walking),), k / steps, device=x.device))
+            frames[k][walking], probabilities[k][walking] = frame, p
+            arrived = walking[is_target(walking, p)]
+            first[arrived], ever[arrived] = k, True
 
     low, high = (first - 1) / steps, first / steps
-    for _ in range(refine):
+    end, p_end, flipped = frames[-1].clone(), probabilities[-1].clone(), rows[ever]
+    for _ in range(refine if len(flipped) else 0):
         middle = (low + high) / 2
-        hit = is_target(frames_at(middle[:, None])[1])[:, 0] & ever
-        low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
+        frame, p = look(flipped, middle[flipped])
+        hit = is_target(flipped, p)
+        nearer = flipped[hit]
+        end[nearer], p_end[nearer], high[nearer] = frame[hit], p[hit], middle[nearer]
+        low[flipped[~hit]] = middle[flipped[~hit]]
     flip_at = torch.where(ever, high, torch.ones_like(high))
-    end, p_end = frames_at(flip_at[:, None])
-    end, p_end = end[:, 0], p_end[:, 0]
 
-    # The path used: grid frames 0 .. first-1, then the end. Steps past it weigh nothing.
-    walked = torch.cat([frames[:, :1], torch.where(_before(first, steps), frames[:, 1:], end[:, None])], 1)
-    p_target = p_of(p, target)  # (B, K+1)
-    p_walked = torch.cat(
-        [
-            p_target[:, :1],
-            torch.where(_before(first, steps)[..., 0, 0, 0], p_target[:, 1:], p_of(p_end[:, None], target)),
-        ],
-        1,
-    )
+    # The path used: the steps before the end, then the end for the rest, which weighs nothing.
+    ended = rows.new_tensor(range(steps + 1)) >= first[:, None]  # (B, K + 1)
+    walked = torch.where(ended[:, :, None, None, None], end[:, None], torch.stack(frames, 1))  # (B, K + 1, 3, H, W)
+    p_walked = torch.where(ended[:, :, None], p_end[:, None], torch.stack(probabilities, 1))  # (B, K + 1, C)
+    p_target = p_walked.gather(2, target[:, None, None].expand(-1, steps + 1, 1))[..., 0]  # (B, K + 1)
     difference = walked.diff(dim=1)  # (B, K, 3, H, W)
-    weight = p_walked.diff(dim=1).clamp(min=0)  # (B, K)
+    weight = p_target.diff(dim=1).clamp(min=0)  # (B, K)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     if mode == "integrated":
         heat = _integrated(blackbox, x, walked, first, source, target, at_once).clamp(min=0)
     elif mode == "path":
         heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:
-        heat = (end - (frames[:, 0] if mode == "contrast" else x)).abs().mean(1)
+        heat = (end - (walked[:, 0] if mode == "contrast" else x)).abs().mean(1)
     if smooth:
         heat = blur(heat, smooth)
-    signed = (end - frames[:, 0]).mean(1)
 
-    start_class = p[:, 0].argmax(1)
-    finite = p.isfinite().flatten(1).all(1) & heat.isfinite().flatten(1).all(1)
+    finite = p_walked.isfinite().flatten(1).all(1) & heat.isfinite().flatten(1).all(1)
+    wrong = p_walked[:, 0].argmax(1) != source
     status = [
-        "failed" if not fine else "reconstruction_flipped" if wrong else "flipped" if flip else "unflipped"
-        for fine, wrong, flip in zip(finite.tolist(), (start_class != source).tolist(), ever.tolist(), strict=True)
+        "failed" if not fine else "reconstruction_flipped" if astray else "flipped" if flip else "unflipped"
+        for fine, astray, flip in zip(finite.tolist(), wrong.tolist(), ever.tolist(), strict=True)
     ]
     assert heat.shape == (batch, *size)
     return Explanation(
-        status=status, map=heat, signed=signed, flip_at=flip_at,
-        p_source=torch.stack([p[rows, 0, source], p_end[rows, source]], 1),
-        p_target=torch.stack([p_target[:, 0], p_end[rows, target]], 1),
-        reconstruction_error=(frames[:, 0] - x).abs().mean((1, 2, 3)),
-        frames=torch.cat([frames, end[:, None]], 1), frame_p=torch.cat([p_target, p_end[rows, target][:, None]], 1),
+        status=status, map=heat, signed=(end - walked[:, 0]).mean(1), flip_at=flip_at,
+        p_source=torch.stack([p_walked[rows, 0, source], p_end[rows, source]], 1),
+        p_target=torch.stack([p_target[:, 0], p_target[:, -1]], 1),
+        reconstruction_error=(walked[:, 0] - x).abs().mean((1, 2, 3)), frames=walked, frame_p=p_target,
     )  # fmt: skip
 
 
@@ -170,13 +167,3 @@ def _integrated(blackbox: BlackBox, x: Tensor, walked: Tensor, first: Tensor, so
             (gradient,) = torch.autograd.grad(wanted.sum(), point)
         heat.index_add_(0, image, (gradient * (after - before)).sum(1))
     return heat
-
-
-def p_of(p: Tensor, label: Tensor) -> Tensor:
-    """Probabilities (B, T, C) of one class per image (B,) -> (B, T)."""
-    return p.gather(2, label[:, None, None].expand(-1, p.shape[1], 1))[..., 0]
-
-
-def _before(first: Tensor, steps: int) -> Tensor:
-    """(B, K, 1, 1, 1): whether grid frame 1 .. K comes before the path's last one."""
-    return (torch.arange(1, steps + 1, device=first.device) < first[:, None])[..., None, None, None]

@@ -202,6 +202,9 @@ def load(folder: str) -> CAE:
     state, config = read_model(folder)
     if config.get("kind") != "cae":
         raise ValueError(f"the model in {folder} is no CAE")
-    cae = CAE(ModelConfig(**config["model"]))
-    cae.load_state_dict(state)
+    try:
+        cae = CAE(ModelConfig(**config["model"]))
+        cae.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the CAE in {folder} was saved by another version of this project: train it again") from error
     return cae.eval().requires_grad_(False)

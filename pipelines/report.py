@@ -230,7 +230,7 @@ def _examples(
 
 def _walked(found: Explanation, k: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Frames of the path used, uint8 (T, H, W, 3), and the target's probability in each."""
-    keep = [j for j in range(steps + 1) if j / steps < float(found.flip_at[k])] + [steps + 1]
+    keep = [j for j in range(steps) if j / steps < float(found.flip_at[k])] + [steps]
     return to_array(found.frames[k, keep]), found.frame_p[k, keep].numpy()
 
 
