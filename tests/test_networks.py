@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cae.config import PRESETS, LossWeights, ModelConfig
 from cae.losses import GeneratorObjective
-from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, from_authors
+from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, UpConv, from_authors
 
 torch.set_num_threads(1)
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -206,6 +206,11 @@ def slow_layer_norm(norm: LayerNorm, x: Tensor) -> Tensor:
     return normed * norm.scale[:, None, None] + norm.shift[:, None, None]
 
 
+def slow_up(layer: UpConv, x: Tensor) -> Tensor:
+    padded = F.pad(x.repeat_interleave(2, 2).repeat_interleave(2, 3), (layer.weight.shape[-1] // 2,) * 4, "reflect")
+    return F.conv2d(padded, layer.weight, layer.bias)
+
+
 def slow_decode(cae: CAE, class_code: Tensor, individual_code: Tensor) -> Tensor:
     """The decoder with the AdaIN parameters read one after the other: shifts, then scales, of layer after layer."""
     decoder, parameters, used, x = cae.decoder, cae.decoder.mlp(class_code), 0, individual_code
@@ -222,8 +227,8 @@ def slow_decode(cae: CAE, class_code: Tensor, individual_code: Tensor) -> Tensor
     for layer in decoder.up:
         if isinstance(layer, LayerNorm):
             x = slow_layer_norm(layer, x)
-        elif isinstance(layer, nn.Upsample):
-            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        elif isinstance(layer, UpConv):
+            x = slow_up(layer, x)
         else:
             x = layer(x)
     return x.tanh()
@@ -235,6 +240,19 @@ def test_decode_is_its_slow_definition() -> None:
         nn.init.normal_(p, std=0.3)
     c, s = cae.encode(images(3))
     torch.testing.assert_close(cae.decode(c, s), slow_decode(cae, c, s), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 7), (8, 8)])
+def test_phases_are_the_upsampling_and_its_convolution(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    layer = UpConv(6, 4, 5, "nearest").double()
+    x = torch.randn(2, 6, height, width, dtype=torch.double, requires_grad=True)
+    fast, slow = layer(x), slow_up(layer, x)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    into, weight = [x, *layer.parameters()], torch.randn_like(fast)
+    for got, expected in zip(torch.autograd.grad(fast, into, weight), torch.autograd.grad(slow, into, weight),
+                             strict=True):  # fmt: skip
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
 
 
 def test_individual_code_forgets_brightness_and_the_class_code_does_not() -> None:

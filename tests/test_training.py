@@ -249,7 +249,8 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_load_says_in_a_line_what_is_missing(tmp_path: Path) -> None:
     checkpoint.save_model(str(tmp_path / "other"), nn.Linear(1, 1), {"kind": "classifier"})
-    for folder, says in (("nothing", "no model in"), ("other", "is no CAE")):
+    checkpoint.save_model(str(tmp_path / "older"), nn.Linear(1, 1), {"kind": "cae", "model": {"image_size": 32}})
+    for folder, says in (("nothing", "no model in"), ("other", "is no CAE"), ("older", "another version")):
         with pytest.raises(ValueError, match=says) as error:
             training.load(str(tmp_path / folder))
         assert "\n" not in str(error.value)
