@@ -9,6 +9,7 @@ checkpoints need rows to reach a write task first and keep a growing set of ids 
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,9 +41,12 @@ class _Task:
         self.worker: Worker = worker(self.run, **arguments)
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
-        table = self.worker(unit)
-        write_table(self.run, f"{self.out}/{unit['part']}", table)
-        return {"units": 1, "rows": unit["rows"]}
+        try:
+            table = self.worker(unit)
+            write_table(self.run, f"{self.out}/{unit['part']}", table)
+        except (ValueError, OSError) as error:  # of these Ray Data would hand on no more than the text
+            return {"rows": 0, "error": pickle.dumps(error)}
+        return {"rows": unit["rows"], "error": b""}
 
 
 def bulk(
@@ -81,6 +85,8 @@ def bulk(
     )  # fmt: skip
     seen, begun, told = 0, time.time(), time.time()
     for result in data.iter_rows():
+        if result["error"]:
+            raise pickle.loads(result["error"])
         seen += result["rows"]
         if time.time() - told > 10 and seen < rows:
             told = time.time()
@@ -171,16 +177,26 @@ def decode_all(images: list[bytes], size: int, fit: Fit) -> tuple[np.ndarray, li
 
 
 def read_images(run: Run, ids: np.ndarray, size: int, fit: Fit) -> np.ndarray:
-    """The images with these ids, uint8 (N, size, size, 3), in their order; only those are held in memory."""
-    place = {name: i for i, name in enumerate(ids)}
-    out = np.empty((len(ids), size, size, 3), np.uint8)
+    """The images with these ids, uint8 (N, size, size, 3), in their order; only those are held in memory.
+
+    An id may come more than once. Raises KeyError for one that no shard holds.
+    """
+    names, places = np.unique(ids, return_inverse=True)
+    place = {name: i for i, name in enumerate(names)}
+    missing = set(names)
+    out = np.empty((len(names), size, size, 3), np.uint8)
     for unit in shard_units(run):
         rows = [i for i, name in enumerate(read_unit(run, unit, ["id"])["id"].to_pylist()) if name in place]
         if rows:
             table = read_unit(run, unit, ["id", "image"]).take(rows)
             arrays, _ = decode_all(table["image"].to_pylist(), size, fit)
-            out[[place[name] for name in table["id"].to_pylist()]] = arrays
-    return out
+            found = table["id"].to_pylist()
+            out[[place[name] for name in found]] = arrays
+            missing -= set(found)
+    if missing:
+        raise KeyError(f"no shard holds the image {min(missing)}")
+    # Copying all of them only where some come twice or in another order.
+    return out if np.array_equal(names, ids) else out[places]
 
 
 def batches(table: pa.Table, size: int) -> Iterator[pa.Table]:

@@ -24,6 +24,7 @@ from pipelines.embed import EmbedOptions
 from pipelines.run import Run, UserError
 
 BATCH = 32
+DEFAULT_SPLITS = ("val", "test", "archive")
 REFERENCE_CODES = 5000  # training codes that a code's distance is taken to
 
 
@@ -31,7 +32,7 @@ REFERENCE_CODES = 5000  # training codes that a code's distance is taken to
 class ExplainOptions(EmbedOptions):
     """Which images to explain, towards what, and how."""
 
-    splits: tuple[str, ...] = ("val", "test", "archive")
+    splits: tuple[str, ...] = DEFAULT_SPLITS
     """Splits to explain; add `train` to explain everything."""
     targets: str = "runner-up"
     """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name
@@ -59,6 +60,10 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     names = tuple(chosen["classes"])
     if options.targets not in ("runner-up", "all", *names):
         raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
+    held = run.result("shard")["counts"]
+    for split in options.splits:
+        if split not in held and split not in DEFAULT_SPLITS:
+            raise UserError(f"--splits {split}: there is none, only {', '.join(sorted(held))}")
     units = shard_units(run, options.splits)
     if not units:
         raise UserError(f"no images in the splits {', '.join(options.splits)}: choose others with --splits")
@@ -82,6 +87,9 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     metrics = {f"explain/{s}/flipped": float((status[split == s] == "flipped").mean()) for s in np.unique(split)}
     counts = Counter(status.tolist())
     says = ", ".join(f"{name} {count:,} ({count / len(status):.1%})" for name, count in counts.most_common())
+    left_out = ", ".join(f"{count:,} of {name}" for name, count in held.items() if name not in options.splits)
+    if left_out:
+        says += f"; not explained: {left_out} (see --splits)"
     if options.overlays:
         runs.log_folder(run, "explanations/overlays")
     return {"says": f"{len(status):,} maps: {says}", "statuses": dict(counts), **metrics}

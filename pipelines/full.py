@@ -7,6 +7,8 @@ Calling it again on the same run folder does what is not done yet, and nothing e
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,7 @@ def main(options: FullOptions) -> None:
     if unknown:
         raise UserError(f"--stages {unknown[0]}: choose among {', '.join(STAGES)}")
     run = Run(options.run)
-    if all(run.done(stage) for stage in options.stages):
+    if not options.again and all(run.done(stage) for stage in options.stages):
         runs.refuse_contradictions(run, options)
         print(f"nothing to do: {', '.join(options.stages)} are done in {run.folder}")
     else:
@@ -54,7 +56,8 @@ def main(options: FullOptions) -> None:
         print(f"report    {run.path('report.html')}")
         print(f"pictures  {run.path('figures')}/")
     uri = run.state.get("tracking_uri", "")
-    where = uri if uri.startswith("http") else f"{Path('.venv/bin/mlflow')} ui --backend-store-uri {uri}"
+    mlflow = shlex.quote(str(Path(sys.executable).with_name("mlflow")))
+    where = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri {shlex.quote(uri)}"
     print(f"MLflow    {where}")
 
 

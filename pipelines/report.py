@@ -98,9 +98,10 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
         ),
         Section(
             "The manifold of class codes",
-            "Every image's 8 numbers in the plane, coloured by the classifier's prediction. The table says how well "
-            "the codes alone give the classifier's class, by ten-fold cross-validation; a high stump, or nearly all "
-            "variance in two components, says that the code is little more than one score.",
+            f"Every image's {options.model.class_dim} numbers in the plane, coloured by the classifier's prediction. The "
+            "table says how well the codes alone give the classifier's class, by cross-validation of as many folds as "
+            "it says; a high stump, or nearly all variance in two components, says that the code is little more "
+            "than one score.",
             shown("manifold"),
             table("Separability of the class codes", "separability"),
         ),
@@ -152,7 +153,7 @@ def _pictures(
     if drawn.sum() > 2:
         projections["t-SNE"] = table[["tsne_1", "tsne_2"]].to_numpy()
     pictures["manifold"] = (
-        "Class codes of every split; colour is the classifier's prediction.",
+        "Class codes by split, of three splits at most; colour is the classifier's prediction.",
         figures.manifold(projections, table.predicted.to_numpy(), names, splits),
     )
 
@@ -172,7 +173,8 @@ def _pictures(
         )
     history = runs.read_history(run, "train")
     if history:
-        pictures["training"] = ("Loss terms before their weights.", figures.training_curves(history))
+        caption = "What training logged: loss terms before their weights, their sums, and held-out swaps."
+        pictures["training"] = (caption, figures.training_curves(history))
     return pictures
 
 
@@ -210,7 +212,12 @@ def _examples(
 
     counters = read_counter_codes(run)
     ranked = p.argsort(1, descending=True)
-    target = torch.tensor([next(t for t in r.tolist()[1:] if t in counters) for r in ranked])
+    asked = {names.index(options.targets)} & set(counters) if options.targets in names else set(counters)
+    aims = [next((t for t in r.tolist()[1:] if t in asked), -1) for r in ranked]  # -1: nothing to walk to
+    walks = [i for i, t in enumerate(aims) if t >= 0]
+    if not walks:
+        return pictures
+    images, x, source, target = images[walks], x[walks], source[walks], torch.tensor(aims)[walks]
     code = torch.from_numpy(np.stack([counters[int(t)][1] for t in target]))
     found = explain(cae, blackbox, x, source, target, code, **path_options(options))
     captions = [f"{names[int(a)]} → {names[int(b)]}\n{s}" for a, b, s in zip(source, target, found.status, strict=True)]

@@ -66,6 +66,9 @@ class RunOptions:
     """MLflow server (http://…) or database (sqlite:///…). Default: mlflow.db beside the run folder."""
     experiment: str = "cae"
     """MLflow experiment."""
+    again: bool = False
+    """Do the stages again that are asked for, with the options given now; what they and those after them made before
+    is dropped."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. `auto` takes the GPUs that the cluster has."""
     workers: int = 0
@@ -74,7 +77,9 @@ class RunOptions:
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
-FREE = {"run", "tracking_uri", "experiment", "device", "workers", "stages"}
+FREE = {"run", "tracking_uri", "experiment", "device", "workers", "stages", "again"}
+# Least values of options that no other part looks at before hours of work.
+LEAST = {"steps": 1, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1}
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),
@@ -160,7 +165,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
-    stored = {name: value for name, value in stored.items() if name not in ("run", "stages")}
+    stored = {name: value for name, value in stored.items() if name not in ("run", "stages", "again")}
     # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
     default = _from_dict(
         options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)
@@ -170,7 +175,18 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         if stored or not folder:
             raise UserError("which data? say --dataset synthetic, another name or a path (see --help)")
         raise UserError(f"{folder} is no run folder yet: say --dataset NAME or PATH to begin one, or another --run")
-    return dataclasses.replace(options, run=folder or options.run)
+    table = flat(options)
+    for name, least in LEAST.items():
+        if table.get(name, least) < least:
+            raise UserError(f"--{name} is {table[name]}: it must be {least} at least")
+    size = table.get("image_size", 32)
+    if size % 4 or size < 32:
+        raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")
+    uri = options.tracking_uri
+    if uri.startswith("sqlite:///"):  # workers stand elsewhere
+        uri = "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
+    dataset = options.dataset.rstrip("/") or options.dataset
+    return dataclasses.replace(options, run=folder or options.run, tracking_uri=uri, dataset=dataset)
 
 
 def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> None:
@@ -268,6 +284,8 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     `own` are the option fields that decide this stage's outcome; `needs` the stages that must be done before.
     """
     run = Run(options.run)
+    if options.again:
+        _start_over(run, name)
     refuse_contradictions(run, options)
     for other in needs:
         run.result(other)
@@ -281,9 +299,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     decisive = json.loads(json.dumps({field: table[field] for field in ("seed", *own)}))
     begun_before = run.state["stages"].get(name, {})
     if begun_before and begun_before["options"] != decisive:
-        for left in WRITES[name]:
-            if run.fs.exists(run.path(left)):
-                run.fs.rm(run.path(left), recursive=True)
+        _drop(run, name)
     run.state["stages"][name] = begun_before | {"options": decisive, "mistake": False}
     run.save()
     begun = time.time()
@@ -305,6 +321,21 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     return result
 
 
+def _start_over(run: Run, name: str) -> None:
+    """Forget a stage and those after it, and drop what they made."""
+    for stage in list(WRITES)[list(WRITES).index(name) :]:
+        if run.state["stages"].pop(stage, None) is None:
+            continue
+        run.save()
+        _drop(run, stage)
+
+
+def _drop(run: Run, stage: str) -> None:
+    for name in WRITES[stage]:
+        if run.fs.exists(run.path(name)):
+            run.fs.rm(run.path(name), recursive=True)
+
+
 def refuse_contradictions(run: Run, options: RunOptions) -> None:
     """Raise UserError when an option differs from the one that a stage of the run was made with."""
     table = json.loads(json.dumps(flat(options), default=str))
@@ -315,11 +346,11 @@ def refuse_contradictions(run: Run, options: RunOptions) -> None:
         for field, was in _flat(state["options"]).items():
             if field in FREE or table.get(field, was) == was:
                 continue
-            flag, to_drop = "--" + field.replace("_", "-"), " and ".join(WRITES[stage])
-            over = "" if run.done(stage) else f", or delete its {to_drop} to start this stage over"
+            flag = "--" + field.replace("_", "-")
             raise UserError(
                 f"{flag} {table[field]} contradicts the stage {stage} of {run.folder}, made with {flag} {was}: "
-                f"choose another --run folder, or leave the option out{over}"
+                f"choose another --run folder, leave the option out, or do that stage over "
+                f"(pipelines/{stage}.py --again)"
             )
 
 
@@ -401,11 +432,14 @@ def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
         return
     # MLflow refuses other characters, which class names may hold.
     metrics = {re.sub(r"[^\w.\- :/]", "_", name): value for name, value in metrics.items()}
-    mlflow.log_metrics(metrics, step=step)
-    if step is None:
-        client, parent = mlflow.MlflowClient(), active.data.tags["mlflow.parentRunId"]
-        for key, value in metrics.items():
-            client.log_metric(parent, key, value)
+    if step is not None:
+        mlflow.log_metrics(metrics, step=step)
+        return
+    client, parent = mlflow.MlflowClient(), active.data.tags["mlflow.parentRunId"]
+    curves = client.get_run(active.info.run_id).data.metrics  # not to get a false point at step 0
+    mlflow.log_metrics({key: value for key, value in metrics.items() if key not in curves})
+    for key, value in metrics.items():
+        client.log_metric(parent, key, value)
 
 
 def log_folder(run: Run, folder: str, whole: bool = False) -> None:

@@ -50,7 +50,7 @@ class ShardOptions(RunOptions):
     images: int = 1000
     """Images to generate for the data set `synthetic`, at the preset's image size."""
     classes: int = 2
-    """Classes of the data set `synthetic`: 2 or 4."""
+    """Classes of the data set `synthetic`: 2 to 4."""
     shortcut: bool = False
     """Plant a marker that goes with the last class into the data set `synthetic`."""
     classifier: str = ""

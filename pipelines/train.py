@@ -59,8 +59,9 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     if known.y.nunique() < 2:
         raise UserError(
             f"the classifier gives all {len(known)} training images the same class, so there is nothing to explain: "
-            "give more data, or train it longer (--resnet.epochs)"
-        )
+            + ("give images of its other classes too" if options.classifier else
+               "give more data, or train it longer (classify.py --again --resnet.epochs N)")
+        )  # fmt: skip
     pairs = training.draw_pairs(known.y.to_numpy(np.int64), options.train, options.seed)
     used, position = np.unique(pairs.index, return_inverse=True)  # only the images that some pair names are read
     held_out = table[table.split == ("val" if (table.split == "val").any() else "train")]

@@ -69,6 +69,18 @@ def test_broken_options() -> None:
         assert words[0] in done.stdout + done.stderr
 
 
+def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) -> None:
+    for words, says in {
+        ("--image-size", "50"): "multiple of 4", ("--steps", "0"): "--steps is 0", ("--smooth", "-1"): "--smooth is -1",
+        ("--draws", "0"): "--draws is 0",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            runs.parse(full.FullOptions, ["--dataset", "synthetic", "--run", str(tmp_path / "r"), *words])
+    given = ["--dataset", "a/b/", "--run", str(tmp_path / "r"), "--tracking-uri", "sqlite:///here.db"]
+    options = runs.parse(full.FullOptions, given)
+    assert options.tracking_uri == f"sqlite:///{Path.cwd()}/here.db" and options.dataset == "a/b"
+
+
 def test_stage_without_the_ones_before_it(tmp_path: Path) -> None:
     line = mistake("--dataset", "synthetic", "--run", str(tmp_path / "r"), script="explain.py")
     assert "no finished stage shard" in line and "pipelines/shard.py" in line
@@ -116,14 +128,14 @@ def test_options_that_failed_are_free_and_those_of_stopped_work_are_not(tmp_path
     with pytest.raises(KeyboardInterrupt):
         stage(folder, begin)
     assert part.read_text() == "quick"  # started over
-    with pytest.raises(UserError, match=r"--preset paper contradicts .* made with --preset quick: .*delete its shards"):
+    with pytest.raises(UserError, match=r"--preset paper contradicts .* made with --preset quick: .*shard.py --again"):
         stage(folder, lambda run, options: {}, preset="paper")
     assert part.read_text() == "quick"
     assert stage(folder, lambda run, options: {"share of {a+b}": 0.5}) == {"share of {a+b}": 0.5}  # odd for MLflow
     assert part.read_text() == "quick"  # went on
-    part.unlink()
     with pytest.raises(UserError, match="contradicts"):
         stage(folder, lambda run, options: {}, preset="paper")
+    assert stage(folder, lambda run, options: {"left": part.exists()}, preset="paper", again=True) == {"left": False}
 
 
 def test_a_run_folder_of_another_version_may_know_other_options(tmp_path: Path) -> None:

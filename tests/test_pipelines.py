@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -17,7 +18,7 @@ from conftest import BAD, TINY, command, state
 from cae import classifiers, training
 from cae.images import decode, to_tensor
 from cae.networks import from_authors
-from pipelines.bulk import shard_units
+from pipelines.bulk import read_images, shard_units
 from pipelines.evaluate import EvaluateWorker, swap_table
 from pipelines.explain import ExplainWorker
 from pipelines.run import Run
@@ -118,7 +119,8 @@ def test_mlflow_has_one_run_with_a_nested_run_per_stage(finished: Path) -> None:
     train = by_name["train"]
     for term in ("recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "adv2", "cla2", "loss_g", "loss_d"):
         assert f"train/{term}" in train.data.metrics
-    assert len(client.get_metric_history(train.info.run_id, "train/swap_success")) > 1
+    curve = client.get_metric_history(train.info.run_id, "train/swap_success")
+    assert len(curve) > 1 and min(point.step for point in curve) > 0
     assert by_name["shard"].inputs.dataset_inputs[0].dataset.digest == folder["stages"]["shard"]["result"]["digest"]
     assert [a.path for a in client.list_artifacts(train.info.run_id, "cae")] == [
         "cae/config.json",
@@ -179,6 +181,27 @@ def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finis
     table = swap_table(rows, ("plain", "spot"))
     assert table.query("direction == 'all'").images.tolist() == [1]
     assert swap_table(rows[:1], ("plain", "spot")).empty
+
+
+def test_images_are_read_in_the_order_asked_for_however_often(finished: Path) -> None:
+    run, rows = Run(str(finished)), shards(finished).set_index("id")
+    ids = rows.index.to_numpy()[[7, 3, 7, 0, 3]]
+    expected = np.stack([decode(rows.image[name], 32) for name in ids])
+    assert np.array_equal(read_images(run, ids, 32, "crop"), expected)
+    with pytest.raises(KeyError, match="nobody"):
+        read_images(run, np.array(["nobody", *ids]), 32, "crop")
+
+
+def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    wrong = command("explain.py", "--run", str(folder), "--again", "--splits", "vall")
+    assert wrong.returncode and "--splits vall: there is none" in wrong.stderr and "Traceback" not in wrong.stderr
+    done = command("explain.py", "--run", str(folder), "--mode", "contrast", "--targets", "spot")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = parts(folder / "explanations")
+    assert set(found["mode"]) == {"contrast"} and set(found.target) == {1}
+    assert list(state(folder)["stages"]) == ["shard", "classify", "train", "embed", "explain"]
 
 
 def test_npz_archives_keep_their_splits_and_the_order_of_their_labels(tmp_path: Path) -> None:
