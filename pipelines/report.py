@@ -98,9 +98,9 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
         ),
         Section(
             "The manifold of class codes",
-            f"Every image's {options.model.class_dim} numbers in the plane, coloured by the classifier's prediction. The "
-            "table says how well the codes alone give the classifier's class, by cross-validation of as many folds as "
-            "it says; a high stump, or nearly all variance in two components, says that the code is little more "
+            f"Every image's {options.model.class_dim} numbers in the plane, coloured by the classifier's prediction. "
+            "The table says how well the codes alone give the classifier's class, by cross-validation of as many folds "
+            "as it says; a high stump, or nearly all variance in two components, says that the code is little more "
             "than one score.",
             shown("manifold"),
             table("Separability of the class codes", "separability"),
