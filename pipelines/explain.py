@@ -61,9 +61,9 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     if options.targets not in ("runner-up", "all", *names):
         raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
     held = run.result("shard")["counts"]
-    for split in options.splits:
-        if split not in held and split not in DEFAULT_SPLITS:
-            raise UserError(f"--splits {split}: there is none, only {', '.join(sorted(held))}")
+    for wanted in options.splits:
+        if wanted not in held and wanted not in DEFAULT_SPLITS:
+            raise UserError(f"--splits {wanted}: there is none, only {', '.join(sorted(held))}")
     units = shard_units(run, options.splits)
     if not units:
         raise UserError(f"no images in the splits {', '.join(options.splits)}: choose others with --splits")
