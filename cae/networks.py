@@ -143,7 +143,7 @@ class UpConv(nn.Conv2d):
         first_last = torch.cat([rows[:5], rows[-5:]]), torch.cat([cols[:5], cols[-5:]])
         height, width = y.shape[2:]
         y[:, :, :: height - 1] = F.conv2d(x[:, :, first_last[0]][..., cols], self.weight, self.bias, stride=(5, 1))
-        y[..., :: width - 1] = F.conv2d(x[:, :, rows][..., first_last[1]], self.weight, self.bias, stride=(1, 5))
+        y[..., :: width - 1] = F.conv2d(x[..., first_last[1]][:, :, rows], self.weight, self.bias, stride=(1, 5))
         return y
 
     @staticmethod
