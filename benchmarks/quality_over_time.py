@@ -70,7 +70,8 @@ def train(options: Options, preset: Preset) -> list[dict[str, object]]:
     model = replace(config.model, image_size=options.image_size)
     if model.channels == 0:
         model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
-    images, labels = read_images(run, known.id.to_numpy(), options.image_size, "crop"), known.predicted.to_numpy()
+    images = read_images(run, known.id.to_numpy(), options.image_size, "crop")
+    labels = known.predicted.to_numpy(np.int64)
     watched, y = read_images(run, held_out.id.to_numpy(), options.image_size, "crop"), held_out.predicted.to_numpy()
     pairs = training.draw_pairs(labels, config.train, options.seed)
     torch.manual_seed(options.seed)
@@ -102,7 +103,7 @@ def train(options: Options, preset: Preset) -> list[dict[str, object]]:
         mirrored = pairs.flip[step * batch : (step + 1) * batch].T.reshape(-1)
         chunk = images[index]
         chunk[mirrored] = chunk[mirrored, :, ::-1]
-        trainer.step(to_tensor(chunk), torch.tensor(labels[index]).long())
+        trainer.step(to_tensor(chunk), torch.tensor(labels[index]))
     return rows
 
 
