@@ -9,7 +9,6 @@ python benchmarks/maps.py --run runs/chest_xray-quick --sizes 64 128
 
 from __future__ import annotations
 
-import csv
 import datetime
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from statistics import median
 import numpy as np
 import torch
 import tyro
-from record import machine
+from record import append, machine
 from torch import Tensor
 
 from cae import classifiers, training
@@ -108,12 +107,7 @@ def main(options: Options) -> None:
                 "ratio": f"{median(times['plain']) / took:.2f}", "flipped": f"{share[name]:.3f}",
             })  # fmt: skip
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
-    new = not TABLE.exists()
-    with TABLE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(TABLE, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ python benchmarks/quality_over_time.py --run runs/chest_xray-quick --minutes 2 5
 
 from __future__ import annotations
 
-import csv
 import datetime
 import time
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from record import machine
+from record import append, machine
 
 from cae import classifiers, training
 from cae.classifiers import BlackBox
@@ -110,12 +109,7 @@ def train(options: Options, preset: Preset) -> list[dict[str, object]]:
 def main(options: Options) -> None:
     """Train, append to the table, draw."""
     rows = [row for preset in options.presets for row in train(options, preset)]
-    new = not TABLE.exists()
-    with TABLE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(TABLE, rows)
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     for preset in options.presets:

@@ -11,11 +11,11 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_name("runs.csv")
-COLUMNS = ("date", "machine", "cores", "commit", "command", "stage", "measure", "value")
 
 
 def machine() -> str:
@@ -25,20 +25,26 @@ def machine() -> str:
     return names[0] if names else platform.processor()
 
 
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a CSV file, which begins with their names."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        if new:
+            table.writeheader()
+        table.writerows(rows)
+
+
 def main(folder: str, command: str) -> None:
     """Append the rows of one run."""
     run = Run(folder)
     common = {"date": datetime.date.today().isoformat(), "machine": machine(), "cores": os.cpu_count(),
               "commit": run.state["git"][:10], "command": command}  # fmt: skip
-    new = not TABLE.exists()
-    with TABLE.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        if new:
-            table.writeheader()
-        for stage, state in run.state["stages"].items():
-            numbers = {"seconds": state["seconds"]} | {k: v for k, v in state["result"].items() if isinstance(v, float)}
-            for measure, value in numbers.items():
-                table.writerow(common | {"stage": stage, "measure": measure, "value": f"{value:.4g}"})
+    append(TABLE, [
+        common | {"stage": stage, "measure": measure, "value": f"{value:.4g}"}
+        for stage, state in run.state["stages"].items()
+        for measure, value in ({"seconds": state["seconds"]} | state["result"]).items() if isinstance(value, float)
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

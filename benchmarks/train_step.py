@@ -10,7 +10,6 @@ python benchmarks/train_step.py --sizes 64 128 256
 
 from __future__ import annotations
 
-import csv
 import datetime
 import os
 import resource
@@ -24,7 +23,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 import tyro
-from record import machine
+from record import append, machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -274,12 +273,7 @@ def main(options: Options) -> None:
                 "peak_memory_gb": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}",
             })  # fmt: skip
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
-    new = not TABLE.exists()
-    with TABLE.open("a", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        if new:
-            table.writeheader()
-        table.writerows(rows)
+    append(TABLE, rows)
 
 
 if __name__ == "__main__":

@@ -284,11 +284,11 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     `own` are the option fields that decide this stage's outcome; `needs` the stages that must be done before.
     """
     run = Run(options.run)
-    if options.again:
-        _start_over(run, name)
-    refuse_contradictions(run, options)
+    refuse_contradictions(run, options, name if options.again else None)
     for other in needs:
         run.result(other)
+    if options.again:  # only now: a refused call drops nothing
+        _start_over(run, name)
     if run.done(name):
         print(f"{name:9} already done in {run.folder}", flush=True)
         return run.state["stages"][name]["result"]
@@ -336,12 +336,13 @@ def _drop(run: Run, stage: str) -> None:
             run.fs.rm(run.path(name), recursive=True)
 
 
-def refuse_contradictions(run: Run, options: RunOptions) -> None:
-    """Raise UserError when an option differs from the one that a stage of the run was made with."""
+def refuse_contradictions(run: Run, options: RunOptions, until: str | None = None) -> None:
+    """Raise UserError when an option differs from the one that a stage of the run, before `until`, was made with."""
     table = json.loads(json.dumps(flat(options), default=str))
-    for stage, state in run.state["stages"].items():
+    for stage in list(WRITES)[: list(WRITES).index(until) if until else None]:
         if not run.bound(stage):
             continue
+        state = run.state["stages"][stage]
         # A run folder of an earlier version may know fewer options, or more.
         for field, was in _flat(state["options"]).items():
             if field in FREE or table.get(field, was) == was:

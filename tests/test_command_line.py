@@ -135,6 +135,10 @@ def test_options_that_failed_are_free_and_those_of_stopped_work_are_not(tmp_path
     assert part.read_text() == "quick"  # went on
     with pytest.raises(UserError, match="contradicts"):
         stage(folder, lambda run, options: {}, preset="paper")
+    elsewhere = RunOptions(dataset="synthetic", run=str(folder), preset="paper", again=True)
+    with pytest.raises(UserError, match="contradicts the stage shard"):
+        runs.run_stage("classify", elsewhere, lambda run, options: {}, ("preset",))
+    assert part.read_text() == "quick"  # a refused call drops nothing
     assert stage(folder, lambda run, options: {"left": part.exists()}, preset="paper", again=True) == {"left": False}
 
 
