@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cae.config import PRESETS, LossWeights
 from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, UpConv
 from cae.training import Trainer
+from pipelines.cluster import place
 
 TABLE = Path(__file__).with_suffix(".csv")
 
@@ -178,7 +179,7 @@ def networks(size: int) -> tuple[CAE, Discriminator]:
 
 def ours(size: int, compiled: bool = False) -> Trainer:
     """Our trainer, placed as the pipeline places it."""
-    cae, discriminator = (net.to(memory_format=torch.channels_last) for net in networks(size))
+    cae, discriminator = (place(net, "cpu") for net in networks(size))
     trainer = Trainer(cae, discriminator, replace(PRESETS["paper"].train, batch=1), LossWeights(), 10**6)
     if compiled:
         for part in (cae.class_encoder, cae.individual_encoder, cae.decoder, discriminator):

@@ -77,6 +77,8 @@ def keep(class_logits: Tensor, y: Tensor) -> Tensor:
 class GeneratorObjective(nn.Module):
     """Eq. 7: x (2B, 3, H, W), y (2B,) -> named terms before weights, "loss_g" their weighted sum, and the swaps.
 
+    Among the terms, "code_scale" is no loss: the standard deviation of the batch's class codes, mean over numbers.
+
     `critics` are the frozen other players, the discriminator and, for class head `blackbox`, the classifier. They
     are arguments of forward's closure, not submodules, so that DDP does not take them for this player's parameters.
     """
@@ -111,6 +113,8 @@ class GeneratorObjective(nn.Module):
         if w.keep:
             terms["keep"] = keep(class_logits[n:], y)
         terms["loss_g"] = 2 * torch.stack([getattr(w, name) * term for name, term in terms.items()]).sum()
+        # Codes that shrink towards one point carry no class any more.
+        terms["code_scale"] = c.detach().std(0).mean()
         return terms, swap.detach()
 
 

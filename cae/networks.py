@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from cae.config import PRESETS, ModelConfig
 
+WIDE = 128  # channels of the individual code
+
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A convolution with reflected borders that keeps the size (or halves it, for a 4x4 kernel with stride 2)."""
@@ -33,13 +35,35 @@ def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def to_channels(x: Tensor, channels: int) -> Tensor:
-    """Images (B, 3, H, W) as a network of so many colour channels takes them; one channel is the mean."""
-    return x if channels == x.shape[1] else x.mean(1, keepdim=True)
+def memory_format(config: ModelConfig, device: torch.device) -> torch.memory_format:
+    """The faster memory order of features: channels-last on GPUs; on CPUs for narrow networks only."""
+    return torch.contiguous_format if device.type == "cpu" and config.width >= WIDE else torch.channels_last
+
+
+def prepare(x: Tensor, config: ModelConfig) -> Tensor:
+    """Images (B, 3, H, W) as the networks take them: one channel, if they have one, is the mean."""
+    x = x if config.channels == x.shape[1] else x.mean(1, keepdim=True)
+    return x.contiguous(memory_format=memory_format(config, x.device))
 
 
 class NoNorm(nn.Identity):
     """Takes the place of a norm layer; `nn.Identity` accepts and ignores the channel count."""
+
+
+class InstanceNorm(nn.Module):
+    """Norm of every channel of every image by itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return instance_norm(x)
+
+
+def instance_norm(x: Tensor) -> Tensor:
+    """(B, C, H, W), each (H, W) with mean 0 and variance 1."""
+    # The same numbers by whichever kernel is the faster one for the memory order.
+    return F.group_norm(x, x.shape[1]) if x.is_contiguous() else F.instance_norm(x)
 
 
 class ResidualBlock(nn.Module):
@@ -76,8 +100,8 @@ class IndividualEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        blocks = [ResidualBlock(config.width, nn.InstanceNorm2d, nn.ReLU()) for _ in range(config.blocks)]
-        self.features = nn.Sequential(stem(config, nn.InstanceNorm2d), *blocks)
+        blocks = [ResidualBlock(config.width, InstanceNorm, nn.ReLU()) for _ in range(config.blocks)]
+        self.features = nn.Sequential(stem(config, InstanceNorm), *blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x)
@@ -98,7 +122,7 @@ class AdaINBlock(nn.Module):
 
 
 def _adain(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift[:, :, None, None], F.instance_norm(x), scale[:, :, None, None])
+    return torch.addcmul(shift[:, :, None, None], instance_norm(x), scale[:, :, None, None])
 
 
 class LayerNorm(nn.Module):
@@ -110,7 +134,10 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+        # By sums, as torch.std_mean takes twice as long; what two sums cancel is far below float32 for features.
+        n, mean = x[0].numel(), x.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+        variance = ((x * x).mean((1, 2, 3), keepdim=True) - mean * mean) * (n / (n - 1))
+        std = variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
         scale = self.scale[:, None, None] / (std + 1e-5)  # (B, C, 1, 1)
         return torch.addcmul(self.shift[:, None, None] - mean * scale, x, scale)
 
@@ -195,7 +222,7 @@ class CAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) -> class code (B, D), individual code (B, width, H/4, W/4)."""
-        x = to_channels(x, self.config.channels)
+        x = prepare(x, self.config)
         return self.class_encoder(x), self.individual_encoder(x)
 
     def decode(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
@@ -212,7 +239,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
-        self.channels, self.classes = config.channels, classes
+        self.config, self.classes = config, classes
         widths = [config.disc_width * 2**i for i in range(4)]
         layers: list[nn.Module] = []
         for c_in, c_out in pairwise([config.channels, *widths]):
@@ -226,7 +253,7 @@ class Discriminator(nn.Module):
         self.apply(_normal if config.disc_init == "normal" else _kaiming)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_channels(x, self.channels)
+        x = prepare(x, self.config)
         features = self.features(x).mean(dim=(2, 3))  # (B, 8 * disc_width)
         return self.head(features)
 

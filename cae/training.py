@@ -21,7 +21,7 @@ from cae.checkpoint import read_model, save_model
 from cae.config import LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, needs_blackbox
-from cae.networks import CAE, Discriminator, to_channels
+from cae.networks import CAE, Discriminator, prepare
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -183,7 +183,7 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
     for _ in range(steps):
         index = np.array([rng.choice(members[kind]) for kind in rng.integers(len(members), size=WARM_UP_BATCH)])
         x, y = to_tensor(images[index], device), torch.tensor(labels[index], device=device)
-        code = cae.class_encoder(to_channels(x, cae.config.channels))
+        code = cae.class_encoder(prepare(x, cae.config))
         loss = F.cross_entropy(discriminator(x)[:, 2:], y) + F.cross_entropy(head(code), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

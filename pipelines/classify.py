@@ -43,9 +43,7 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
     connect()
     names = tuple(run.result("shard")["classes"])
     if options.classifier:
-        spec = options.classifier
-        if "://" not in spec and not spec.startswith("torchvision:"):
-            spec = os.path.abspath(spec)
+        spec = absolute(options.classifier)
         names = classifiers.load(spec, names).classes  # fails here, early, on a wrong one
     else:
         spec = run.path("classifier")
@@ -64,6 +62,11 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
     }
     shown = ", ".join(f"{row.split} {row.balanced_accuracy:.3f}" for row in accuracy.itertuples())
     return {"says": f"balanced accuracy {shown or 'unknown: no labels'}", "spec": spec, "classes": names, **metrics}
+
+
+def absolute(spec: str) -> str:
+    """A classifier as workers in other folders find it: a relative folder made absolute."""
+    return spec if "://" in spec or spec.startswith("torchvision:") else os.path.abspath(spec)
 
 
 def _accuracy(run: Run, names: tuple[str, ...]) -> pd.DataFrame:

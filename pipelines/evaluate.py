@@ -21,6 +21,7 @@ from cae.peers import controls
 from cae.peers.grad_cam import grad_cam
 from pipelines import run as runs
 from pipelines.bulk import Unit, bulk, decode_all, read_table, read_unit, shard_units, split_of
+from pipelines.classify import absolute
 from pipelines.cluster import connect, device_of, place
 from pipelines.explain import ExplainOptions
 from pipelines.report import write_report
@@ -43,6 +44,9 @@ class EvaluateOptions(ExplainOptions):
     the classifier gets right."""
     draws: int = 5
     """Random fills that each perturbation is averaged over."""
+    oracle: str = ""
+    """A second classifier, trained apart from the explained one (given as for --classifier; another run's
+    `classifier/` will do), that is asked about every swap: one that fools the first classifier only is noise."""
 
 
 def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
@@ -50,10 +54,13 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     connect()
     chosen = run.result("classify")
     names = tuple(chosen["classes"])
+    oracle = absolute(options.oracle) if options.oracle else ""
+    if oracle:
+        classifiers.load(oracle, names)  # fails here, early, on a wrong one
     units = _units(run, options)
     bulk(run, options, "evaluate", units, EvaluateWorker, "evaluation/images",
          spec=chosen["spec"], names=names, size=options.model.image_size, fit=options.fit, device=device_of(options),
-         draws=options.draws, seed=options.seed)  # fmt: skip
+         draws=options.draws, seed=options.seed, oracle=oracle)  # fmt: skip
     rows = read_table(run, "evaluation/images").to_pandas()
     tables = {
         "swap_success": swap_table(rows, names),
@@ -66,6 +73,8 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
         if row.direction == "all":
             numbers[f"swap_success/{row.split}"] = row.success
             numbers[f"reconstruction_keeps_class/{row.split}"] = row.reconstruction_keeps_class
+            if options.oracle:
+                numbers[f"oracle_success/{row.split}"] = row.oracle_success
         else:
             numbers[f"swap_success/{row.split}/{row.direction}"] = row.success
     for row in tables["separability"].itertuples():
@@ -140,9 +149,10 @@ class EvaluateWorker:
     """Swaps the class codes of the images of a unit and measures maps of some of them."""
 
     def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, draws: int,
-                 seed: int) -> None:  # fmt: skip
+                 seed: int, oracle: str) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device, self.draws, self.seed = run, size, fit, device, draws, seed
         self.blackbox = place(classifiers.load(spec, names), device)
+        self.oracle = place(classifiers.load(oracle, names), device) if oracle else None
         self.cae = place(training.load(run.path("cae")), device)
 
     def __call__(self, unit: Unit) -> pa.Table:
@@ -168,6 +178,10 @@ class EvaluateWorker:
             target = tasks[i]["donor_class"]
             rows[i] |= {"donor": tasks[i]["donor"], "swap_target": target, "swap_predicted": int(p_swap[i].argmax()),
                         "swap_p": float(p_swap[i, target])}  # fmt: skip
+        if self.oracle is not None:
+            of_image, of_swap = (self.oracle.probabilities(image).argmax(1).tolist() for image in (x, swapped))
+            for i in swaps:
+                rows[i] |= {"oracle_image": of_image[i], "oracle_swap": of_swap[i]}
         masks = self._masks(table)
         located = [task["located"] and bool(mask.any()) for task, mask in zip(tasks, masks, strict=True)]
         chosen = [i for i, task in enumerate(tasks) if task["measured"] or located[i]]
@@ -239,6 +253,7 @@ def _schema() -> pa.Schema:
     fields = {
         "id": pa.string(), "split": pa.string(), "donor": pa.string(), "source": pa.int32(), "swap_target": pa.int32(),
         "reconstruction_predicted": pa.int32(), "swap_predicted": pa.int32(), "swap_p": pa.float32(),
+        "oracle_image": pa.int32(), "oracle_swap": pa.int32(),
         "measured": pa.bool_(),
     }  # fmt: skip
     for method in METHODS:
@@ -251,18 +266,27 @@ def _schema() -> pa.Schema:
 
 
 def swap_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
-    """Table IV: share of swaps that b gives the class of the code put in, by split and direction."""
+    """Table IV: share of swaps that b gives the class of the code put in, by split and direction.
+
+    With an oracle: the share of swaps that it gives that class too, and of images that it gives b's class.
+    """
     out = []
     for split, part in rows.dropna(subset="donor").groupby("split"):
         part = part.astype({"swap_target": int, "swap_predicted": int})
         groups: list[tuple[str, pd.DataFrame]] = [("all", part)]
         groups += [(f"{names[a]} to {names[b]}", g) for (a, b), g in part.groupby(["source", "swap_target"])]
         for direction, group in groups:
-            out.append({
-                "split": split, "direction": direction, "images": len(group),
+            row = {
+                "split": split,
+                "direction": direction,
+                "images": len(group),
                 "success": float((group.swap_predicted == group.swap_target).mean()),
                 "reconstruction_keeps_class": float((group.reconstruction_predicted == group.source).mean()),
-            })  # fmt: skip
+            }
+            if group.oracle_swap.notna().any():
+                row |= {"oracle_success": float((group.oracle_swap == group.swap_target).mean()),
+                        "oracle_agrees_on_images": float((group.oracle_image == group.source).mean())}  # fmt: skip
+            out.append(row)
     return pd.DataFrame(out, columns=None if out else ["split", "direction", "images", "success"])
 
 
@@ -309,7 +333,7 @@ def localisation_table(rows: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
 
 
-OWN = ("evaluated", "draws")
+OWN = ("evaluated", "draws", "oracle")
 
 
 def main(options: EvaluateOptions) -> dict[str, Any]:

@@ -176,6 +176,9 @@ def test_generator_objective_is_eq_7_one_pair_at_a_time(keep: float) -> None:
     cae.zero_grad()
     terms, swap = GeneratorObjective(cae, discriminator, weights)(x, Y)
     terms["loss_g"].backward()
+    codes = cae.class_encoder(x).detach()
+    deviation = ((codes - codes.mean(0)) ** 2).sum(0).div(5).sqrt().mean()
+    torch.testing.assert_close(terms.pop("code_scale"), deviation, rtol=1e-12, atol=0)
     named = {"recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "loss_g"}
     assert set(terms) == (named | {"keep"} if keep else named)
     for name, term in terms.items():  # ours are means over both members, except for the total
