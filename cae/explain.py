@@ -17,6 +17,9 @@ from cae.images import blur
 from cae.networks import CAE
 
 Mode = Literal["integrated", "path", "contrast", "input"]
+# Steps of the path, and of the bisection after it. `integrated` gains nothing from more (benchmarks/README.md).
+SEARCH: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "path": (8, 4), "contrast": (8, 4), "input": (8, 4)}
+TINY = 1e-30
 PIXELS_AT_ONCE = 512 * 64 * 64  # decoded together; bounds memory whatever the images' size
 
 
@@ -33,7 +36,8 @@ class Explanation:
     signed: Tensor
     """(B, H, W): what appears (> 0) and what vanishes (< 0) on that way, mean over channels."""
     flip_at: Tensor
-    """(B,) share of the way to the counter code at the end of the path used; 1 where it never flipped."""
+    """(B,) share of the way to the counter code where b changes its mind, by linear interpolation of the target's lead
+    in log probability between the last frame before and the end of the path used; 1 where it never flipped."""
     p_source: Tensor
     """(B, 2) b's probability of the source class at the start (the reconstruction) and the end."""
     p_target: Tensor
@@ -55,13 +59,13 @@ def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, counter_code: Tensor, *,
-            mode: Mode = "integrated", smooth: float = 0.025, steps: int = 8, refine: int = 4,
+            mode: Mode = "integrated", smooth: float = 0.025, steps: int | None = None, refine: int | None = None,
             margin: float = 0.0) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards `counter_code` (B, D) of class `target` (B,).
 
     The path is linear in the class code with `steps` steps, the reconstruction at its start. Its end is the first
     frame whose class for b is the target, ahead of every other class by `margin` in probability, found to
-    1 / (steps * 2^refine) of the way by bisection. Maps:
+    1 / (steps * 2^refine) of the way by bisection; both as the mode needs (`SEARCH`) where not given. Maps:
 
     - `integrated`: the path's changes made to the image itself, asking b all along; see `_integrated`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
@@ -71,6 +75,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
 
     `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none.
     """
+    steps = SEARCH[mode][0] if steps is None else steps
+    refine = SEARCH[mode][1] if refine is None else refine
     batch, size = len(x), x.shape[-2:]
     class_code, individual_code = cae.encode(x)
     rows = torch.arange(batch, device=x.device)
@@ -82,10 +88,11 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         frames = [cae.decode(codes[i], individual_code[images[i]]) for i in rows[: len(images)].split(at_once)]
         return torch.cat(frames), torch.cat([blackbox.probabilities(frame) for frame in frames])
 
-    def is_target(images: Tensor, p: Tensor) -> Tensor:
-        """Whether probabilities p (n, C) put some images (n,) in their target class."""
+    def lead(images: Tensor, p: Tensor) -> Tensor:
+        """By how much, in log probability, p (n, C) put some images (n,) in their target class; 0 at the margin."""
         label = target[images, None]
-        return p.gather(1, label)[:, 0] > p.scatter(1, label, -1.0).amax(1) + margin
+        best = p.scatter(1, label, 0.0).amax(1) + margin
+        return (p.gather(1, label)[:, 0] / best).clamp(TINY, 1 / TINY).log()
 
     # Step by step, only those that have not flipped yet. A reconstruction that flips by itself is a status, not an end.
     frame, p = look(rows, torch.zeros(batch, device=x.device))
@@ -99,19 +106,21 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         if len(walking):
             frame, p = look(walking, torch.full((len(walking),), k / steps, device=x.device))
             frames[k][walking], probabilities[k][walking] = frame, p
-            arrived = walking[is_target(walking, p)]
+            arrived = walking[lead(walking, p) > 0]
             first[arrived], ever[arrived] = k, True
 
     low, high = (first - 1) / steps, first / steps
     end, p_end, flipped = frames[-1].clone(), probabilities[-1].clone(), rows[ever]
+    p_before = torch.stack(probabilities, 1)[rows, first - 1]
     for _ in range(refine if len(flipped) else 0):
         middle = (low + high) / 2
         frame, p = look(flipped, middle[flipped])
-        hit = is_target(flipped, p)
-        nearer = flipped[hit]
+        hit = lead(flipped, p) > 0
+        nearer, farther = flipped[hit], flipped[~hit]
         end[nearer], p_end[nearer], high[nearer] = frame[hit], p[hit], middle[nearer]
-        low[flipped[~hit]] = middle[flipped[~hit]]
-    flip_at = torch.where(ever, high, torch.ones_like(high))
+        p_before[farther], low[farther] = p[~hit], middle[farther]
+    behind, ahead = lead(rows, p_before).clamp(max=0), lead(rows, p_end)  # a start that flips by itself is no lead
+    flip_at = torch.where(ever, low + (high - low) * behind / (behind - ahead), torch.ones_like(high))
 
     # The path used: the steps before the end, then the end for the rest, which weighs nothing.
     ended = rows.new_tensor(range(steps + 1)) >= first[:, None]  # (B, K + 1)

@@ -72,12 +72,13 @@ def bulk(
     if not pending:
         return
     gpus = gpus_of(options) if on_gpu else 0
-    wanted = options.workers or gpus or min(cores(), -(-rows // ACTOR_ROWS))
-    actors = min(len(pending), max(1, min(wanted, gpus or cores())))
+    wanted = options.workers or gpus or min(cores(options), -(-rows // ACTOR_ROWS))
+    actors = min(len(pending), max(1, min(wanted, gpus or cores(options))))
     data = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
         _Task,  # type: ignore[arg-type]  # a class whose instances are called, as Ray Data's actors want it
         fn_constructor_kwargs={
-            "worker": worker, "arguments": arguments, "folder": run.folder, "out": out, "threads": threads_for(actors)
+            "worker": worker, "arguments": arguments, "folder": run.folder, "out": out,
+            "threads": threads_for(options, actors),
         },
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
@@ -171,7 +172,7 @@ def decode_all(images: list[bytes], size: int, fit: Fit) -> tuple[np.ndarray, li
         except UnreadableImage as error:
             return np.zeros((size, size, 3), np.uint8), str(error)
 
-    with ThreadPoolExecutor(threads_for(1)) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = list(pool.map(one, images))
     return np.stack([array for array, _ in decoded]), [reason for _, reason in decoded]
 

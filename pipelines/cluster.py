@@ -55,9 +55,11 @@ def device_of(options: RunOptions) -> str:
     return "cuda" if gpus_of(options) else "cpu"
 
 
-def cores() -> int:
+def cores(options: RunOptions) -> int:
     """CPU cores of the cluster; of this machine for Ray inside this process, which has more slots than cores."""
-    return int(ray.cluster_resources()["CPU"]) if "RAY_ADDRESS" in os.environ else os.cpu_count() or 1
+    if "RAY_ADDRESS" in os.environ:
+        return int(ray.cluster_resources()["CPU"])
+    return options.threads or os.cpu_count() or 1
 
 
 def train_workers(options: RunOptions, batch: int) -> int:
@@ -83,9 +85,9 @@ def place(module: ModuleT, device: torch.device | str) -> ModuleT:
     return module.to(device).to(memory_format=order)  # type: ignore[call-overload]
 
 
-def threads_for(processes: int) -> int:
+def threads_for(options: RunOptions, processes: int) -> int:
     """Threads for each of so many processes on this machine."""
-    return max(1, (os.cpu_count() or 1) // processes)
+    return max(1, (options.threads or os.cpu_count() or 1) // processes)
 
 
 def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, Any], batch: int) -> Any:
@@ -96,7 +98,7 @@ def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, A
     gpus, workers = gpus_of(options), train_workers(options, batch)
     trainer = TorchTrainer(
         loop,
-        train_loop_config=config | {"threads": threads_for(workers), "tracking": runs.tracking_of_stage()},
+        train_loop_config=config | {"threads": threads_for(options, workers), "tracking": runs.tracking_of_stage()},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(

@@ -43,12 +43,12 @@ class ExplainOptions(EmbedOptions):
     `contrast` (end against reconstruction) or `input` (end against image)."""
     smooth: float = 0.025
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
-    steps: int = 8
-    """Steps of the path before bisection."""
+    steps: int = 0
+    """Steps of the path; 0: as the mode needs, 1 for `integrated` and 8, then bisection, for the others."""
     margin: float = 0.0
     """How far, in probability, the target must be ahead of every other class to end the path."""
     frames: bool = False
-    """Keep the frames of every path as PNG in the Parquet files."""
+    """Keep the frames of every path as PNG in the Parquet files; `--steps` says how many."""
     overlays: int = 24
     """Images whose maps are also drawn over them as PNG files."""
 
@@ -97,7 +97,7 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
 
 def path_options(options: ExplainOptions) -> dict[str, Any]:
     """What `cae.explain.explain` takes of the options."""
-    return {"mode": options.mode, "smooth": options.smooth, "steps": options.steps, "margin": options.margin}
+    return {"mode": options.mode, "smooth": options.smooth, "steps": options.steps or None, "margin": options.margin}
 
 
 def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:

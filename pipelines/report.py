@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from cae import classifiers, figures, training
-from cae.explain import Explanation, explain, swap
+from cae.classifiers import BlackBox
+from cae.explain import explain, swap
 from cae.images import to_array, to_tensor
+from cae.networks import CAE
 from cae.report import Section, render
 from pipelines import run as runs
 from pipelines.bulk import read_images
@@ -220,9 +223,14 @@ def _examples(
     images, x, source, target = images[walks], x[walks], source[walks], torch.tensor(aims)[walks]
     code = torch.from_numpy(np.stack([counters[int(t)][1] for t in target]))
     found = explain(cae, blackbox, x, source, target, code, **path_options(options))
-    captions = [f"{names[int(a)]} → {names[int(b)]}\n{s}" for a, b, s in zip(source, target, found.status, strict=True)]
+    captions = [
+        f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" else "")
+        for a, b, s, at in zip(source, target, found.status, found.flip_at, strict=True)
+    ]
     heat = found.map.numpy()
-    frames, probabilities = zip(*[_walked(found, k, options.steps) for k in range(len(images))], strict=True)
+    frames, probabilities = zip(
+        *[_walk(cae, blackbox, *each) for each in zip(x, code, target, strict=True)], strict=True
+    )
     pictures["paths"] = (
         "The way from each image to its counterfactual, with the classifier's probability of the target class, the "
         "map, and the map on the image.",
@@ -235,10 +243,15 @@ def _examples(
     return pictures
 
 
-def _walked(found: Explanation, k: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of the path used, uint8 (T, H, W, 3), and the target's probability in each."""
-    keep = [j for j in range(steps) if j / steps < float(found.flip_at[k])] + [steps]
-    return to_array(found.frames[k, keep]), found.frame_p[k, keep].numpy()
+@torch.no_grad()
+def _walk(
+    cae: CAE, blackbox: BlackBox, x: Tensor, counter_code: Tensor, target: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of an image's whole way to a class code, uint8 (9, H, W, 3), and the target's probability in each."""
+    class_code, individual_code = cae.encode(x[None])
+    codes = torch.lerp(class_code, counter_code[None], torch.linspace(0, 1, 9)[:, None])
+    frames = cae.decode(codes, individual_code.expand(9, -1, -1, -1))
+    return to_array(frames), blackbox.probabilities(frames)[:, target].numpy()
 
 
 def _projections(run: Run) -> pd.DataFrame:

@@ -74,12 +74,14 @@ class RunOptions:
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
+    threads: int = 0
+    """CPU threads of all processes on a machine together, to leave cores to others. 0: one per core."""
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
-FREE = {"run", "tracking_uri", "experiment", "device", "workers", "stages", "again"}
+FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "stages", "again"}
 # Least values of options that no other part looks at before hours of work.
-LEAST = {"steps": 1, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1}
+LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1}
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),

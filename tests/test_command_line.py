@@ -71,8 +71,8 @@ def test_broken_options() -> None:
 
 def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) -> None:
     for words, says in {
-        ("--image-size", "50"): "multiple of 4", ("--steps", "0"): "--steps is 0", ("--smooth", "-1"): "--smooth is -1",
-        ("--draws", "0"): "--draws is 0",
+        ("--image-size", "50"): "multiple of 4", ("--steps", "-1"): "--steps is -1",
+        ("--smooth", "-1"): "--smooth is -1", ("--draws", "0"): "--draws is 0",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=says):
             runs.parse(full.FullOptions, ["--dataset", "synthetic", "--run", str(tmp_path / "r"), *words])
