@@ -102,8 +102,8 @@ class TrainConfig:
     """Probability that an image is mirrored left to right; 0 where sides matter. (The built-in classifier is always
     trained on mirrored images too.)"""
     warm_up: int = 0
-    """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes, at a rate
-    that falls to nothing over these steps: 0 as the authors."""
+    """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes: 0 as
+    the authors."""
     class_head: ClassHead = "learned"
     """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, or `blackbox`: b itself."""
 

@@ -163,7 +163,7 @@ class Trainer:
         self.step_count = state["step_count"]
 
 
-WARM_UP_BATCH, WARM_UP_LR = 32, 2e-3
+WARM_UP_BATCH, WARM_UP_LR = 32, 5e-4
 
 
 def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: np.ndarray, steps: int,
@@ -179,7 +179,6 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
     head = nn.Linear(cae.config.class_dim, discriminator.classes).to(device)
     players: list[nn.Module] = [cae.class_encoder, head, discriminator]
     optimizer = torch.optim.Adam([p for player in players for p in player.parameters()], WARM_UP_LR, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in range(steps):
         index = np.array([rng.choice(members[kind]) for kind in rng.integers(len(members), size=WARM_UP_BATCH)])
@@ -189,7 +188,6 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        schedule.step()
         losses.append(loss.detach() / 2)
     return float(torch.stack(losses[-max(1, steps // 10) :]).mean()) if losses else math.nan
 

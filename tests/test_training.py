@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cae import checkpoint, training
-from cae.config import LossWeights, ModelConfig, TrainConfig
+from cae.config import ClassHead, LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
-from cae.networks import CAE, Discriminator
+from cae.networks import CAE, WIDE, Discriminator
 from cae.training import Trainer, draw_pairs, warm_up
 
 torch.set_num_threads(1)
@@ -290,6 +291,49 @@ def test_two_workers_end_with_the_parameters_of_one(tmp_path: Path, monkeypatch:
         for ours, theirs in zip(end, parameters(single), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert max(float((a - b).abs().max()) for a, b in zip(first, parameters(single), strict=True)) > 1e-3
+
+
+# --- what GPUs do, as far as a CPU can show it
+
+
+@pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox"])
+def test_bf16_takes_the_same_step_up_to_its_precision(class_head: ClassHead) -> None:
+    config = replace(TRAIN, class_head=class_head)
+    full, half = make_trainer(config), make_trainer(config, bf16=True)
+    start = parameters(full)
+    terms, rough = full.step(*toy_batch(0)), half.step(*toy_batch(0))
+    seen = []
+    half.cae.decoder.up[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for step in range(1, STEPS):
+        full.step(*toy_batch(step)), half.step(*toy_batch(step))
+    assert set(seen) == {torch.bfloat16}  # autocast was on
+    for name, term in terms.items():
+        assert rough[name].item() == pytest.approx(term.item(), rel=0.03, abs=0.01), name
+    moved, moved_roughly = (
+        torch.cat([(p - q).flatten() for p, q in zip(parameters(trainer), start, strict=True)])
+        for trainer in (full, half)
+    )
+    assert all(p.dtype == torch.float32 for p in half.cae.parameters())
+    # Adam's first steps are all but signs, which rounding turns where a gradient is near nothing.
+    assert F.cosine_similarity(moved, moved_roughly, dim=0) > 0.8
+
+
+@pytest.mark.parametrize("width", [16, WIDE])
+def test_memory_order_changes_no_number(width: int) -> None:
+    torch.manual_seed(0)
+    model = replace(TINY, width=width, stem="conv", upsample="nearest", up_kernel=5)
+    cae, discriminator = CAE(model).double(), Discriminator(model, 2).double()
+    x = toy_batch(0)[0].double()
+    results = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        cae.to(memory_format=order), discriminator.to(memory_format=order)  # type: ignore[call-overload]
+        for given in (x.contiguous(), x.contiguous(memory_format=torch.channels_last)):
+            code, individual = cae.encode(given)
+            results.append([code, individual, cae.decode(code, individual), discriminator(given)])
+            assert individual.is_contiguous() or width < WIDE or order == torch.channels_last
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 # --- warm-up and the players' own rates
