@@ -147,10 +147,10 @@ PRESETS: dict[Preset, PresetConfig] = {
         ),
         TrainConfig(
             pairs=100_000, epochs=20.0, batch=8, lr=5e-4, disc_lr=1e-4, lr_halvings=4, ema=0.999, warm_up=500,
-            class_head="distilled",
+            class_head="blackbox",
         ),
         ClassifierConfig(arch="resnet18", epochs=10),
-        LossWeights(keep=1.0),
+        LossWeights(recon_x=20.0, keep=1.0),
     ),
     # Two CPU cores, minutes.
     "quick": PresetConfig(
@@ -159,10 +159,10 @@ PRESETS: dict[Preset, PresetConfig] = {
             up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, dropout=0.0, disc_init="kaiming",
         ),
         TrainConfig(
-            pairs=20_000, epochs=3.0, batch=4, lr=7e-4, disc_lr=1e-4, lr_halvings=3, ema=0.995, warm_up=150,
-            class_head="distilled",
+            pairs=20_000, epochs=3.0, batch=4, lr=1e-3, disc_lr=1e-4, lr_halvings=3, ema=0.995, warm_up=150,
+            class_head="blackbox",
         ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
-        LossWeights(keep=1.0),
+        LossWeights(recon_x=20.0, keep=1.0),
     ),
 }  # fmt: skip

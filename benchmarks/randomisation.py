@@ -1,0 +1,145 @@
+"""Do the maps follow the classifier? Rank correlation of a run's maps with those of other classifiers.
+
+Against the maps of a finished run, on the same images towards the same classes:
+
+- `other image`: the run's own map of another image, what any two maps share by lying in the middle;
+- `random weights`: the run's CAE, a classifier with its weights drawn anew;
+- `permuted labels`: a classifier trained on shuffled labels, and a CAE trained on its predictions;
+- `permuted labels, truth`: the same classifier with a CAE trained on the data's labels (`--labels truth`).
+
+The last two are runs of their own under `--work`, made by the pipeline with the options after `--`; they are taken up
+where they were.
+
+python benchmarks/randomisation.py --run runs/chest_xray-quick --work runs/permuted -- --preset quick
+"""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from record import append, machine
+from scipy.stats import spearmanr
+from torch import nn
+
+from cae import classifiers, training
+from cae.classifiers import BlackBox
+from cae.explain import explain
+from cae.images import to_tensor
+from cae.metrics import paired_bootstrap
+from cae.networks import CAE
+from pipelines.bulk import read_images, read_table
+from pipelines.cluster import place
+from pipelines.explain import read_counter_codes
+from pipelines.run import Run
+
+TABLE = Path(__file__).with_suffix(".csv")
+FULL = Path(__file__).parents[1] / "pipelines" / "full.py"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    run: str
+    """Finished run folder."""
+    work: str = ""
+    """Folder for the permuted data set and its runs; empty: random weights only."""
+    images: int = 100
+    """Images of the split val."""
+    seed: int = 0
+    """Seed of the shuffle, of the weights and of the choice of images."""
+
+
+def permuted_data(run: Run, folder: Path, seed: int) -> None:
+    """The run's train and val images as PNG files in class folders, those of train with their labels shuffled."""
+    size, names = run.state["options"]["image_size"], run.result("classify")["classes"]
+    table = read_table(run, "predictions", ["id", "split", "label"]).to_pandas()
+    rng = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        part = table[table.split == split]
+        labels = rng.permutation(part.label.to_numpy()) if split == "train" else part.label.to_numpy()
+        images = read_images(run, part.id.to_numpy(), size, "crop")
+        for name, label, image in zip(part.id, labels, images, strict=True):
+            path = folder / split / names[int(label)] / f"{Path(name).stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+
+
+def maps(
+    run: Run, blackbox: BlackBox, cae: CAE, images: np.ndarray, source: np.ndarray, target: np.ndarray
+) -> np.ndarray:
+    """Maps (N, H * W) in the default mode, towards the classes' counter codes of `run`."""
+    counters = read_counter_codes(run)
+    codes = torch.from_numpy(np.stack([counters[int(label)][1] for label in target]))
+    x, a, b = to_tensor(images), torch.from_numpy(source), torch.from_numpy(target)
+    found = [explain(cae, blackbox, x[i], a[i], b[i], codes[i]).map for i in torch.arange(len(x)).split(32)]
+    return torch.cat(found).flatten(1).numpy()
+
+
+def networks(run: Run) -> tuple[BlackBox, CAE]:
+    """A run's classifier and CAE."""
+    chosen = run.result("classify")
+    blackbox = classifiers.load(chosen["spec"], tuple(chosen["classes"]))
+    return place(blackbox, "cpu"), place(training.load(run.path("cae")), "cpu")
+
+
+def randomised(blackbox: BlackBox, seed: int) -> BlackBox:
+    """The classifier with the weights of every layer drawn anew."""
+    torch.manual_seed(seed)
+    for module in blackbox.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return blackbox
+
+
+def main(options: Options, rest: list[str]) -> None:
+    """Measure and append to the table."""
+    run = Run(options.run)
+    blackbox, cae = networks(run)
+    table = read_table(run, "codes", ["id", "split", "predicted"]).to_pandas()
+    chosen = table[table.split == "val"].sample(options.images, random_state=options.seed)
+    size = cae.config.image_size
+    images = read_images(run, chosen.id.to_numpy(), size, "crop")
+    p = blackbox.probabilities(to_tensor(images)).numpy()
+    source, target = p.argmax(1), p.argsort(1)[:, -2]
+    original = maps(run, blackbox, cae, images, source, target)
+    others = {"other image": np.roll(original, 1, 0)}
+    others["random weights"] = maps(run, randomised(networks(run)[0], options.seed), cae, images, source, target)
+    if options.work:
+        work = Path(options.work).absolute()
+        if not (work / "data").exists():
+            permuted_data(run, work / "data", options.seed)
+        own = str(work / "permuted labels" / "classifier")
+        for name, more in {
+            "permuted labels": [],
+            "permuted labels, truth": ["--classifier", own, "--labels", "truth"],
+        }.items():
+            stages = ["shard", "classify", "train", "embed"]
+            folders = ["--dataset", str(work / "data"), "--run", str(work / name)]
+            command = [sys.executable, str(FULL), *folders, "--stages", *stages, *more, *rest]
+            subprocess.run(command, check=True)
+            retrained = Run(str(work / name))
+            others[name] = maps(retrained, *networks(retrained), images, source, target)
+    rows = []
+    for name, heat in others.items():
+        rank = np.array([spearmanr(a, b).statistic if np.ptp(b) else 0.0 for a, b in zip(original, heat, strict=True)])
+        mean, low, high = paired_bootstrap(rank, np.zeros_like(rank))
+        rows.append({
+            "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+            "images": len(rank), "maps": name, "spearman": f"{mean:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
+        })  # fmt: skip
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
+    append(TABLE, rows)
+
+
+if __name__ == "__main__":
+    mine, _, theirs = " ".join(sys.argv[1:]).partition(" -- ")
+    main(tyro.cli(Options, description=__doc__, args=mine.split()), theirs.split())
