@@ -16,6 +16,7 @@ import torch
 from conftest import BAD, TINY, command, state
 
 from cae import classifiers, training
+from cae.config import ClassifierConfig
 from cae.images import decode, to_tensor
 from cae.networks import from_authors
 from pipelines.bulk import read_images, shard_units
@@ -176,11 +177,31 @@ def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finis
     tasks = [{"row": i, "measured": False, "located": False, "donor": None, "donor_class": None, "donor_code": None}
              for i in range(2)]  # fmt: skip
     tasks[1] |= {"donor": "d", "donor_class": 1, "donor_code": [0.0] * 8}
-    rows = EvaluateWorker(run, **common, draws=1, seed=0)(unit | {"tasks": tasks}).to_pandas()
+    rows = EvaluateWorker(run, **common, draws=1, seed=0, oracle="")(unit | {"tasks": tasks}).to_pandas()
     assert rows.donor.isna().tolist() == rows.swap_predicted.isna().tolist() == [True, False]
     table = swap_table(rows, ("plain", "spot"))
     assert table.query("direction == 'all'").images.tolist() == [1]
     assert swap_table(rows[:1], ("plain", "spot")).empty
+
+
+def test_a_second_classifier_is_asked_about_every_swap(finished: Path, tmp_path: Path) -> None:
+    run, names = Run(str(finished)), ("plain", "spot")
+    torch.manual_seed(5)
+    config = ClassifierConfig(arch="resnet18", stem="small")
+    classifiers.save(str(tmp_path / "other"), classifiers.build(config, names), config)
+    unit = shard_units(run, ("test",))[0]
+    code = parts(finished / "codes").class_code[0].tolist()
+    tasks = [{"row": i, "measured": False, "located": False, "donor": "d", "donor_class": i % 2, "donor_code": code}
+             for i in range(unit["rows"])]  # fmt: skip
+    common = {"spec": str(finished / "classifier"), "names": names, "size": 32, "fit": "crop", "device": "cpu"}
+    tables = {
+        oracle: swap_table(EvaluateWorker(run, **common, draws=1, seed=0, oracle=str(oracle))(unit | {"tasks": tasks})
+                           .to_pandas(), names).set_index("direction").loc["all"]
+        for oracle in (finished / "classifier", tmp_path / "other")
+    }  # fmt: skip
+    own, other = tables.values()
+    assert own.oracle_success == own.success and own.oracle_agrees_on_images == 1
+    assert other.success == own.success and other.oracle_agrees_on_images < 1  # an untrained one
 
 
 def test_images_are_read_in_the_order_asked_for_however_often(finished: Path) -> None:
