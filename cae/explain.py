@@ -67,7 +67,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     frame whose class for b is the target, ahead of every other class by `margin` in probability, found to
     1 / (steps * 2^refine) of the way by bisection; both as the mode needs (`SEARCH`) where not given. Maps:
 
-    - `integrated`: the path's changes made to the image itself, asking b all along; see `_integrated`;
+    - `integrated`: the path's changes made to the image itself, weighted by b's gradient; see `_integrated`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
     - `contrast`: mean over channels of |end - reconstruction|;

@@ -7,6 +7,7 @@ on the images' device. Nothing depends on which other images share the batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -231,6 +232,30 @@ def pixel_auroc(maps: Tensor, masks: Tensor) -> Tensor:
     within = inside.sum(1).double()
     outside = inside.shape[1] - within
     return (((rank * inside).sum(1) - within * (within + 1) / 2) / (within * outside)).float()
+
+
+def grid_energy(x: Tensor, stride: int) -> Tensor:
+    """How much stronger (B,) images x (B, H, W) are at a grid's frequencies than beside them: 1 for none.
+
+    Mean power of the spectrum, under a Hann window, at the multiples of one cycle in `stride` pixels in either
+    direction (but not at the mean), over that two and three frequencies away: along the spectrum's axes, where images
+    are strong, those on the axis. Strided convolutions and upsampling leave their grid there. Raises ValueError for
+    sides that are no multiples of the stride, or less than eight of them.
+    """
+    height, width = x.shape[1:]
+    if height % stride or width % stride or min(height, width) < 8 * stride:
+        raise ValueError(f"images of {height} x {width} for a stride of {stride}: give a multiple of it, 8 at least")
+    window = torch.outer(*(torch.hann_window(n, device=x.device, dtype=x.dtype) for n in (height, width)))
+    power = torch.fft.fft2((x - x.mean((1, 2), keepdim=True)) * window).abs() ** 2  # (B, H, W)
+    peaks, beside = [], []
+    for i, j in itertools.product(range(stride), repeat=2):
+        if i or j:
+            row, col, near = i * height // stride, j * width // stride, range(-3, 4)
+            ring = itertools.product(near if i else (0,), near if j else (0,))
+            around = [(row + a, col + b) for a, b in ring if max(abs(a), abs(b)) > 1]
+            peaks.append(power[:, row, col])
+            beside.append(torch.stack([power[:, a % height, b % width] for a, b in around]).mean(0))
+    return torch.stack(peaks).mean(0) / torch.stack(beside).mean(0).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def separability(codes: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str, float | str]:

@@ -31,6 +31,7 @@ CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 METHODS = ("CAE", "Grad-CAM", *CONTROLS)
 SWAPS = 2000  # images a split whose class codes are swapped, at most
 SEPARATED = 20_000  # codes a split that the forest learns from, at most
+STRIDES = (2, 4)  # of the encoders' convolutions and of the decoder's upsampling
 CURVE = 0.30  # share of the image to which perturbation curves are drawn
 HEADLINE = 0.075  # share of the image over which AOPC is taken: the paper's 100 patches of 7x7 on 256x256
 
@@ -67,12 +68,14 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
         "separability": separability_table(run, options.seed),
         "perturbation": perturbation_table(rows),
         "localisation": localisation_table(rows),
+        "grid": grid_table(rows),
     }
     numbers: dict[str, float] = {}
     for row in tables["swap_success"].itertuples():
         if row.direction == "all":
             numbers[f"swap_success/{row.split}"] = row.success
             numbers[f"reconstruction_keeps_class/{row.split}"] = row.reconstruction_keeps_class
+            numbers[f"reconstruction_error/{row.split}"] = row.reconstruction_error
             if options.oracle:
                 numbers[f"oracle_success/{row.split}"] = row.oracle_success
         else:
@@ -170,10 +173,12 @@ class EvaluateWorker:
         p_x, p_reconstruction, p_swap = (self.blackbox.probabilities(image) for image in (x, reconstruction, swapped))
         rows: list[dict[str, Any]] = [
             {"id": name, "split": split_of(unit), "source": a, "reconstruction_predicted": b,
-             "measured": task["measured"]}
-            for name, task, a, b in zip(table["id"].to_pylist(), tasks, p_x.argmax(1).tolist(),
-                                        p_reconstruction.argmax(1).tolist(), strict=True)
+             "measured": task["measured"], "reconstruction_error": error}
+            for name, task, a, b, error in zip(table["id"].to_pylist(), tasks, p_x.argmax(1).tolist(),
+                                               p_reconstruction.argmax(1).tolist(),
+                                               (reconstruction - x).abs().mean((1, 2, 3)).tolist(), strict=True)
         ]  # fmt: skip
+        _measure_grid(rows, {"image": x.mean(1), "reconstruction": reconstruction.mean(1), "swap": swapped.mean(1)})
         for i in swaps:
             target = tasks[i]["donor_class"]
             rows[i] |= {"donor": tasks[i]["donor"], "swap_target": target, "swap_predicted": int(p_swap[i].argmax()),
@@ -188,6 +193,7 @@ class EvaluateWorker:
         if chosen:
             maps = self._maps(unit, x[chosen], p_x[chosen].argmax(1), reconstruction[chosen],
                               [rows[i]["id"] for i in chosen])  # fmt: skip
+            _measure_grid([rows[i] for i in chosen], {"map": maps["CAE"]})
             for method, heat in maps.items():
                 self._measure(method, heat, x, p_x.argmax(1), masks, chosen, located, rows)
         return pa.Table.from_pylist(rows, _schema())
@@ -249,13 +255,23 @@ class EvaluateWorker:
         }
 
 
+def _measure_grid(rows: list[dict[str, Any]], images: dict[str, Tensor]) -> None:
+    """Add to rows how strong a grid is in each of their images (N, S, S); nothing for images too small to tell."""
+    for name, image in images.items():
+        for stride in STRIDES:
+            if image.shape[-1] >= 8 * stride:
+                for row, value in zip(rows, metrics.grid_energy(image, stride).tolist(), strict=True):
+                    row[f"grid{stride}/{name}"] = value
+
+
 def _schema() -> pa.Schema:
     fields = {
         "id": pa.string(), "split": pa.string(), "donor": pa.string(), "source": pa.int32(), "swap_target": pa.int32(),
         "reconstruction_predicted": pa.int32(), "swap_predicted": pa.int32(), "swap_p": pa.float32(),
         "oracle_image": pa.int32(), "oracle_swap": pa.int32(),
-        "measured": pa.bool_(),
+        "measured": pa.bool_(), "reconstruction_error": pa.float32(),
     }  # fmt: skip
+    fields |= {f"grid{n}/{of}": pa.float32() for n in STRIDES for of in ("image", "reconstruction", "swap", "map")}
     for method in METHODS:
         fields |= {f"{method}/{form}": pa.list_(pa.float32()) for form in ("disjoint", "paper", "curve")}
         fields |= {f"{method}/pointing": pa.bool_(), f"{method}/auroc": pa.float32()}
@@ -282,6 +298,7 @@ def swap_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
                 "images": len(group),
                 "success": float((group.swap_predicted == group.swap_target).mean()),
                 "reconstruction_keeps_class": float((group.reconstruction_predicted == group.source).mean()),
+                "reconstruction_error": float(group.reconstruction_error.mean()),
             }
             if group.oracle_swap.notna().any():
                 row |= {"oracle_success": float((group.oracle_swap == group.swap_target).mean()),
@@ -302,6 +319,17 @@ def separability_table(run: Run, seed: int) -> pd.DataFrame:
             found = metrics.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed)
             out.append({"split": split, "images": len(part)} | found)
     return pd.DataFrame(out, columns=None if out else ["split", "images", "forest_mean"])
+
+
+def grid_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """How strong a grid is, by split, stride and where: median over images of `metrics.grid_energy`; 1 is none."""
+    out = []
+    for split, part in rows.groupby("split"):
+        for name in rows.columns[rows.columns.str.startswith("grid")]:
+            if part[name].notna().any():
+                stride, of = name.removeprefix("grid").split("/")
+                out.append({"split": split, "stride": int(stride), "of": of, "energy": float(part[name].median())})
+    return pd.DataFrame(out, columns=["split", "stride", "of", "energy"])
 
 
 def perturbation_table(rows: pd.DataFrame) -> pd.DataFrame:

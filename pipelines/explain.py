@@ -39,7 +39,7 @@ class ExplainOptions(EmbedOptions):
     (images of that class are then left out)."""
     mode: Mode = "integrated"
     """How a path becomes a map: `integrated` (the path's changes made to the image itself, weighted by the classifier's
-    gradient all along), `path` (the paper's: frame differences weighted by the rise of the target's probability),
+    gradient), `path` (the paper's: frame differences weighted by the rise of the target's probability),
     `contrast` (end against reconstruction) or `input` (end against image)."""
     smooth: float = 0.025
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""

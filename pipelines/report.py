@@ -35,7 +35,7 @@ READ_ME = {
 }
 MAP_SHOWS = {
     "integrated": "makes the same changes to the image itself and shows which of them move the classifier towards the "
-    "target class, by its gradient all along the way",
+    "target class, by its gradient",
     "path": "shows what changed, weighted by how much it raised the target's probability",
     "contrast": "is the difference of the path's two ends",
     "input": "is the difference of the path's end and the image, the reconstruction's error included",
@@ -90,7 +90,8 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
             "Each image is rebuilt with the class code of an image of another class and shown to the classifier. A "
             "good embedding changes what the classifier looks at and keeps the individual.",
             shown("swaps"),
-            table("Swap success, and how often the reconstruction keeps the class", "swap_success"),
+            table("Swap success, and how often the reconstruction keeps the class", "swap_success")
+            + table("Grid of the networks' strides: power at its frequencies over that beside them; 1 is none", "grid"),
         ),
         Section(
             "Explanations",

@@ -434,3 +434,54 @@ def test_bootstrap_is_paired_chunked_and_strict(monkeypatch: pytest.MonkeyPatch)
         metrics.paired_bootstrap([1.0, math.nan], [0.0, 0.0])
     with pytest.raises(ValueError, match="at least 2 images"):
         metrics.paired_bootstrap([1.0], [0.0])
+
+
+# --- grids
+
+
+def slow_grid_energy(x: np.ndarray, stride: int) -> float:
+    """The spectrum by its definition, one frequency at a time."""
+    height, width = x.shape
+    hann = [0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n) / n) for n in x.shape]
+    x = (x - x.mean()) * hann[0][:, None] * hann[1]
+
+    def power(i: int, j: int) -> float:
+        rows, cols = (
+            np.exp(-2j * np.pi * i * np.arange(height) / height),
+            np.exp(-2j * np.pi * j * np.arange(width) / width),
+        )
+        return abs(rows @ x @ cols) ** 2
+
+    peaks, beside = [], []
+    for i, j in itertools.product(range(stride), repeat=2):
+        if (i, j) != (0, 0):
+            row, col = i * height // stride, j * width // stride
+            peaks.append(power(row, col))
+            ring = []
+            for a, b in itertools.product(range(-3, 4), repeat=2):
+                leaves = (i == 0 and a != 0) or (j == 0 and b != 0)  # the axis
+                if (abs(a) > 1 or abs(b) > 1) and not leaves:
+                    ring.append(power(row + a, col + b))
+            beside.append(np.mean(ring))
+    return float(np.mean(peaks) / np.mean(beside))
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_grid_energy_is_its_definition(stride: int) -> None:
+    x = random(3, 32, 40).double()
+    for found, image in zip(metrics.grid_energy(x, stride), x.numpy(), strict=True):
+        assert found.item() == pytest.approx(slow_grid_energy(image, stride), rel=1e-6)
+
+
+def test_grid_energy_sees_grids_and_nothing_else() -> None:
+    noise = torch.randn(200, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert metrics.grid_energy(noise, 4).mean().item() == pytest.approx(1, abs=0.05)
+    walk = noise.double().cumsum(1).cumsum(2)  # most of its power at low frequencies, along the axes
+    assert 0.7 < metrics.grid_energy(walk, 4).median() < 1.3
+    comb = 0.3 * (torch.arange(64) % 4 == 0).float()
+    checkers = 0.3 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2).float()
+    assert metrics.grid_energy(noise + comb, 4).median() > 2
+    assert metrics.grid_energy(noise + checkers, 2).median() > 5
+    assert metrics.grid_energy(walk + 10 * comb, 4).median() > 5
+    with pytest.raises(ValueError, match="multiple"):
+        metrics.grid_energy(noise[:, :30], 4)
