@@ -22,6 +22,7 @@ from cae import classifiers
 from cae.config import ClassifierConfig, ModelConfig
 from cae.images import Fit, to_tensor
 from pipelines import run as runs
+from pipelines import tracking
 from pipelines.bulk import Unit, batches, bulk, decode_all, read_images, read_table, read_unit, shard_units, split_of
 from pipelines.cluster import connect, device_of, enter_loop, fit_torch, last_checkpoint, place, report
 from pipelines.run import Run, UserError
@@ -52,9 +53,9 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
          spec=spec, names=names, size=options.model.image_size, fit=options.fit, device=device_of(options))  # fmt: skip
     accuracy = _accuracy(run, names)
     run.write("evaluation/accuracy.csv", accuracy.to_csv(index=False).encode())
-    runs.log_folder(run, "evaluation/accuracy.csv")
+    tracking.log_folder(run, "evaluation/accuracy.csv")
     if not options.classifier:
-        runs.log_folder(run, "classifier")
+        tracking.log_folder(run, "classifier")
     metrics = {
         f"classifier/{row.split}/{name}": float(getattr(row, name))
         for row in accuracy.itertuples()
@@ -144,7 +145,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         first = state["epoch"] + 1
     begun = time.time()
     model.train()
-    with runs.join_tracking(config["tracking"], rank):
+    with tracking.join(config["tracking"], rank):
         for epoch in range(first, options.epochs):
             rng = torch.Generator().manual_seed(config["seed"] + epoch)
             order = torch.randperm(len(labels), generator=rng)
@@ -159,7 +160,7 @@ def _train_loop(config: dict[str, Any]) -> None:
                 optimizer.step()
                 schedule.step()
                 losses.append(loss.detach())
-            runs.log_metrics({"classifier/loss": float(torch.stack(losses).mean())}, step=epoch + 1)
+            tracking.log_metrics({"classifier/loss": float(torch.stack(losses).mean())}, step=epoch + 1)
             left = (time.time() - begun) / (epoch + 1 - first) * (options.epochs - 1 - epoch) / 60
             if rank == 0:
                 rate = (epoch + 1 - first) * steps_per_epoch * options.batch / (time.time() - begun)

@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from cae.config import ModelConfig
 from cae.networks import memory_format
-from pipelines import run as runs
+from pipelines import tracking
 from pipelines.run import Run, RunOptions, UserError
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -98,7 +98,7 @@ def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, A
     gpus, workers = gpus_of(options), train_workers(options, batch)
     trainer = TorchTrainer(
         loop,
-        train_loop_config=config | {"threads": threads_for(options, workers), "tracking": runs.tracking_of_stage()},
+        train_loop_config=config | {"threads": threads_for(options, workers), "tracking": tracking.of_stage()},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(

@@ -20,6 +20,7 @@ from cae.images import Fit, load, to_tensor
 from cae.peers import controls
 from cae.peers.grad_cam import grad_cam
 from pipelines import run as runs
+from pipelines import tracking
 from pipelines.bulk import Unit, bulk, decode_all, read_table, read_unit, shard_units, split_of
 from pipelines.classify import absolute
 from pipelines.cluster import connect, device_of, place
@@ -92,9 +93,9 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     for name, table in tables.items():
         run.write(f"evaluation/{name}.csv", table.to_csv(index=False).encode())
     write_report(run, options, rows, tables, names)
-    runs.log_folder(run, "evaluation")
-    runs.log_folder(run, "figures", whole=True)
-    runs.log_folder(run, "report.html", whole=True)
+    tracking.log_folder(run, "evaluation")
+    tracking.log_folder(run, "figures", whole=True)
+    tracking.log_folder(run, "report.html", whole=True)
     swaps = ", ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in numbers.items()
                       if key.startswith("swap_success/") and key.count("/") == 1)  # fmt: skip
     return {

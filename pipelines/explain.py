@@ -18,6 +18,7 @@ from cae import classifiers, figures, manifold, training
 from cae.explain import Explanation, Mode, explain
 from cae.images import Fit, encode_png, to_array, to_tensor
 from pipelines import run as runs
+from pipelines import tracking
 from pipelines.bulk import Unit, batches, bulk, decode_all, read_table, read_unit, shard_units, split_of
 from pipelines.cluster import connect, device_of, place
 from pipelines.embed import EmbedOptions
@@ -91,7 +92,7 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     if left_out:
         says += f"; not explained: {left_out} (see --splits)"
     if options.overlays:
-        runs.log_folder(run, "explanations/overlays")
+        tracking.log_folder(run, "explanations/overlays")
     return {"says": f"{len(status):,} maps: {says}", "statuses": dict(counts), **metrics}
 
 

@@ -18,7 +18,7 @@ from cae.explain import explain, swap
 from cae.images import to_array, to_tensor
 from cae.networks import CAE
 from cae.report import Section, render
-from pipelines import run as runs
+from pipelines import tracking
 from pipelines.bulk import read_images
 from pipelines.explain import path_options, read_counter_codes
 from pipelines.run import Run
@@ -48,7 +48,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
     pictures = _pictures(run, options, rows, names)
     for name, (_, figure) in pictures.items():
         run.write(f"figures/{name}.png", _png(figure))
-        runs.log_figure(figure, f"figures/{name}.png")
+        tracking.log_figure(figure, f"figures/{name}.png")
 
     shard, classified = run.result("shard"), run.result("classify")
     statuses = run.result("explain")["statuses"]
@@ -175,7 +175,7 @@ def _pictures(
                 np.arange(1, steps + 1) * 49 / options.model.image_size**2,
             ),
         )
-    history = runs.read_history(run, "train")
+    history = tracking.read_history(run, "train")
     if history:
         caption = "What training logged: loss terms before their weights, their sums, and held-out swaps."
         pictures["training"] = (caption, figures.training_curves(history))

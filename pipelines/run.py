@@ -1,4 +1,4 @@
-"""The run folder, its options, which stages are done, and its MLflow run: the only place that imports mlflow.
+"""The run folder, its options, and which stages are done.
 
 `run.json` is the run's memory. A stage notes its options there when it starts and its results when it is done, written
 last, so a killed run goes on at the stage it was in.
@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import json
-import logging
 import os
 import platform
-import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import fsspec
 import torch
 import tyro
 
 from cae.config import PRESETS, Preset
-
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-if TYPE_CHECKING:
-    import mlflow
-else:  # every worker imports this module and few talk to MLflow, which takes over a second to import
-    _spec = importlib.util.find_spec("mlflow")
-    _spec.loader = importlib.util.LazyLoader(_spec.loader)
-    mlflow = importlib.util.module_from_spec(_spec)
-    sys.modules["mlflow"] = mlflow
-    _spec.loader.exec_module(mlflow)
+from pipelines import tracking
 
 
 class UserError(ValueError):
@@ -211,9 +196,9 @@ def _user_error(error: BaseException) -> str | None:
     mistake = _mistake(error)
     if isinstance(mistake, OSError):
         return f"{mistake.strerror}: {mistake.filename or 'the run folder'}"
-    if isinstance(mistake, mlflow.exceptions.MlflowException):
-        return f"MLflow: {str(mistake).splitlines()[0][:300]} (see --tracking-uri)"
-    return None if mistake is None else str(mistake)
+    if mistake is None:
+        return None
+    return tracking.failure(mistake) or str(mistake)
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:
@@ -223,7 +208,7 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             return error
-        if isinstance(error, mlflow.exceptions.MlflowException):
+        if tracking.failure(error):
             return error
         # Pillow's, torch's and our own ValueErrors look alike; ours fit one line.
         if isinstance(error, ValueError) and "\n" not in str(error):
@@ -306,10 +291,12 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     run.save()
     begun = time.time()
     try:
-        with _tracked(run, options, name):
+        with tracking.tracked(run, options, name, flat(options)):
             result = work(run, options)
             seconds = time.time() - begun
-            log_metrics({f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)})
+            tracking.log_metrics(
+                {f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)}
+            )
     except Exception as error:
         if isinstance(_mistake(error), ValueError):  # the options that led here must not become the defaults
             run.state["options"] = options_before
@@ -369,152 +356,3 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git here
         return ""
-
-
-# --- MLflow ---------------------------------------------------------------------------------------------------------
-
-
-def tracking_uri(run: Run, options: RunOptions) -> str:
-    """The tracking store: the one asked for, else an SQLite file beside the run folder."""
-    if options.tracking_uri:
-        return options.tracking_uri
-    base = "." if "://" in run.folder else str(Path(run.folder).parent)
-    return f"sqlite:///{os.path.abspath(base)}/mlflow.db"
-
-
-def _track_at(uri: str) -> None:
-    mlflow.set_tracking_uri(uri)
-    for name in ("mlflow", "alembic"):  # once imported, which sets levels of its own
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-@contextmanager
-def _tracked(run: Run, options: RunOptions, stage: str) -> Iterator[None]:
-    """Inside, MLflow's active run is the stage's, nested in the run folder's own."""
-    uri = tracking_uri(run, options)
-    _track_at(uri)
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(options.experiment)
-    if experiment is None:
-        # SQLite keeps no files; without a place of its own they would land wherever one happens to stand.
-        place = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite") else None
-        experiment_id = client.create_experiment(options.experiment, place.as_uri() if place else None)
-    else:
-        experiment_id = experiment.experiment_id
-    tags = {"dataset": options.dataset, "preset": options.preset, "git": run.state["git"], "run_folder": run.folder}
-    # A stage that was killed goes on in the MLflow runs that it had, in the same store.
-    same = run.state.get("tracking_uri") == uri
-    parent = run.state.get("mlflow_run_id") if same else None
-    earlier = run.state["stages"][stage].get("mlflow_run_id") if same else None
-    with mlflow.start_run(run_id=parent, experiment_id=experiment_id, run_name=Path(run.folder).name) as whole:
-        if parent is None:
-            run.state |= {"mlflow_run_id": whole.info.run_id, "tracking_uri": uri}
-            run.save()
-        mlflow.set_tags(tags)
-        with mlflow.start_run(
-            run_id=earlier,
-            experiment_id=experiment_id,
-            run_name=stage,
-            nested=True,
-            log_system_metrics=True,
-            tags=tags | {"stage": stage},
-        ) as child:
-            for active in (whole, child):
-                new = {k: v for k, v in flat(options).items() if k not in active.data.params}
-                params = [mlflow.entities.Param(key, str(value)) for key, value in new.items()]
-                client.log_batch(active.info.run_id, params=params)
-            run.state["stages"][stage]["mlflow_run_id"] = child.info.run_id
-            run.save()
-            yield
-
-
-def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
-    """Metrics of the active stage; those that are no curve (no step) go to the whole run too, so that runs compare."""
-    active = mlflow.active_run()
-    if active is None:  # a worker that is not rank 0
-        return
-    # MLflow refuses other characters, which class names may hold.
-    metrics = {re.sub(r"[^\w.\- :/]", "_", name): value for name, value in metrics.items()}
-    if step is not None:
-        mlflow.log_metrics(metrics, step=step)
-        return
-    client, parent = mlflow.MlflowClient(), active.data.tags["mlflow.parentRunId"]
-    curves = client.get_run(active.info.run_id).data.metrics  # not to get a false point at step 0
-    mlflow.log_metrics({key: value for key, value in metrics.items() if key not in curves})
-    for key, value in metrics.items():
-        client.log_metric(parent, key, value)
-
-
-def log_folder(run: Run, folder: str, whole: bool = False) -> None:
-    """A folder (or file) of the run, if it is there, as artifacts of the active stage, or of the whole run."""
-    active = _active()
-    run_id = active.data.tags["mlflow.parentRunId"] if whole else active.info.run_id
-    client = mlflow.MlflowClient()
-    if not run.fs.exists(run.path(folder)):
-        return
-    with tempfile.TemporaryDirectory() as copy:
-        local = run.path(folder)
-        if "://" in local:
-            local = f"{copy}/{os.path.basename(folder)}"
-            run.fs.get(run.path(folder), local, recursive=run.fs.isdir(run.path(folder)))
-        if os.path.isdir(local):
-            client.log_artifacts(run_id, local, folder)
-        else:
-            client.log_artifact(run_id, local)
-
-
-def log_dataset(name: str, source: str, digest: str, **counts: int) -> None:
-    """The data set as an input of the stage and of the whole run."""
-    place = mlflow.data.http_dataset_source.HTTPDatasetSource(source)
-    dataset = mlflow.data.meta_dataset.MetaDataset(place, name=name, digest=digest)  # type: ignore[abstract]
-    context = mlflow.entities.InputTag("mlflow.data.context", "training")
-    logged = mlflow.entities.DatasetInput(dataset._to_mlflow_entity(), [context])
-    client, active = mlflow.MlflowClient(), _active()
-    for run_id in (active.info.run_id, active.data.tags["mlflow.parentRunId"]):
-        client.log_inputs(run_id, [logged])
-        for split, count in counts.items():
-            client.set_tag(run_id, f"images_{split}", count)
-
-
-def log_figure(figure: Any, name: str) -> None:
-    """A figure as an artifact of the active stage."""
-    mlflow.log_figure(figure, name)
-
-
-def read_history(run: Run, stage: str) -> dict[str, list[tuple[int, float]]]:
-    """The curves that a finished or running stage logged: metric -> (step, value)."""
-    run_id = run.state["stages"].get(stage, {}).get("mlflow_run_id")
-    if run_id is None:
-        return {}
-    client = mlflow.MlflowClient()
-    try:
-        names = [name for name in client.get_run(run_id).data.metrics if name.startswith(f"{stage}/")]
-    except mlflow.exceptions.MlflowException:  # that stage was tracked in another store
-        return {}
-    curves = {
-        name.split("/", 1)[1]: [(m.step, m.value) for m in client.get_metric_history(run_id, name)] for name in names
-    }
-    return {name: sorted(points) for name, points in curves.items() if len(points) > 1}
-
-
-def tracking_of_stage() -> tuple[str, str]:
-    """What a worker needs for `join_tracking`: the store, and the active stage's MLflow run."""
-    return mlflow.get_tracking_uri(), _active().info.run_id
-
-
-def _active() -> mlflow.ActiveRun:
-    active = mlflow.active_run()
-    assert active is not None, "a stage works inside run_stage"
-    return active
-
-
-@contextmanager
-def join_tracking(tracking: tuple[str, str], rank: int) -> Iterator[None]:
-    """In a worker process: rank 0 logs to the stage's MLflow run that the driver opened, the others nowhere."""
-    if rank > 0:
-        yield
-        return
-    uri, run_id = tracking
-    _track_at(uri)
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-        yield

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from cae import classifiers, data, images, synthetic
 from cae.data import Item
 from pipelines import run as runs
+from pipelines import tracking
 from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, write_table
 from pipelines.cluster import connect
 from pipelines.run import Run, RunOptions, UserError
@@ -97,9 +98,9 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
             raise UserError(f"class {empty[0]!r} has no readable image: take its folder out of {source}")
     counts = dict(Counter(row["split"] for row in rows))
     digest = hashlib.sha256("\n".join(sorted(index["id"].to_pylist())).encode()).hexdigest()[:16]
-    runs.log_dataset(options.dataset, source, digest, **counts)
+    tracking.log_dataset(options.dataset, source, digest, **counts)
     if len(rejected):
-        runs.log_folder(run, "shards/rejected.parquet")
+        tracking.log_folder(run, "shards/rejected.parquet")
     shown = ", ".join(f"{split} {count:,}" for split, count in sorted(counts.items()))
     return {
         "says": f"{len(rows):,} images ({shown}), {len(names)} classes, {len(rejected)} rejected",

@@ -21,6 +21,7 @@ from cae.explain import swap
 from cae.images import to_array, to_tensor
 from cae.networks import CAE, Discriminator, from_authors
 from pipelines import run as runs
+from pipelines import tracking
 from pipelines.bulk import read_images, read_table
 from pipelines.classify import ClassifyOptions
 from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, train_workers
@@ -76,7 +77,7 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
     }, options.train.batch)  # fmt: skip
-    runs.log_folder(run, "cae")
+    tracking.log_folder(run, "cae")
     return {"says": f"{len(pairs.index):,} pairs, held-out swap success {result['train/swap_success']:.3f}", **result}
 
 
@@ -87,7 +88,7 @@ def _take(run: Run, options: TrainOptions) -> dict[str, Any]:
     cae, _ = from_authors(read_weights(options.authors_generator, "ab"))
     names = tuple(run.result("classify")["classes"])
     training.save(run.path("cae"), cae, names, authors_generator=options.authors_generator)
-    runs.log_folder(run, "cae")
+    tracking.log_folder(run, "cae")
     return {"says": f"took {options.authors_generator}"}
 
 
@@ -124,7 +125,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
     every = max(min(PREVIEW_STEPS, steps // 2), math.ceil(steps / PREVIEWS), 1)
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     since, first, begun, told = 0, trainer.step_count, time.time(), time.time()
-    with runs.join_tracking(config["tracking"], rank):
+    with tracking.join(config["tracking"], rank):
         while trainer.step_count < steps:
             step = trainer.step_count
             mine = slice(step * options.batch + rank, (step + 1) * options.batch, world)
@@ -146,7 +147,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
                 pairs = trainer.step_count * options.batch
                 rate = (trainer.step_count - first) * options.batch / (time.time() - begun)
                 left = (steps - trainer.step_count) * options.batch / rate / 60
-                runs.log_metrics(means | {"train/pairs_per_second": rate, "train/minutes_left": left}, step=pairs)
+                tracking.log_metrics(means | {"train/pairs_per_second": rate, "train/minutes_left": left}, step=pairs)
                 if time.time() - told > 15 or finished:
                     told = time.time()
                     told_terms = f"recon_x {means['train/recon_x']:.3f}  cla1 {means['train/cla1']:.2f}"
@@ -182,12 +183,12 @@ def _preview(trainer: training.Trainer, blackbox: classifiers.BlackBox, images: 
         images[:8], to_array(reconstruction[:8]), to_array(swapped[:8]), images[donors[:8]], captions
     )
     pairs = trainer.step_count * trainer.config.batch
-    runs.log_figure(figure, f"swaps/{pairs:08d}.png")
+    tracking.log_figure(figure, f"swaps/{pairs:08d}.png")
     metrics = {
         "train/swap_success": float((p.argmax(1) == target).mean()) if mixed else math.nan,
         "train/val_recon_x": float((reconstruction - x).abs().mean()),
     }
-    runs.log_metrics(metrics, step=pairs)
+    tracking.log_metrics(metrics, step=pairs)
     print(f"train     held-out swap success {metrics['train/swap_success']:.3f}", flush=True)
     return metrics
 
