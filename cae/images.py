@@ -121,9 +121,8 @@ def inpaint(x: Tensor, covered: Tensor) -> Tensor:
     inside = torch.stack((row > 0, row < height - 1, col > 0, col < width - 1))  # (4, n)
     around = torch.where(inside, here + here.new_tensor((-width, width, -1, 1))[:, None], pixels.shape[1] - 1)
     count = inside.sum(0).clamp(min=1)
-    colours = [
-        (here[mine], around[:, mine].flatten(), count[mine]) for mine in ((row + col) % 2 == 0, (row + col) % 2 == 1)
-    ]
+    even = (row + col) % 2 == 0
+    colours = [(here[mine], around[:, mine].flatten(), count[mine]) for mine in (even, ~even)]
     for _ in range(SWEEPS):
         for mine, near, many in colours:
             mean = pixels.index_select(1, near).view(channels, 4, -1).sum(1) / many
