@@ -1,4 +1,4 @@
-"""Bytes to tensor and back: the only preprocessing, the same for every stage.
+"""Bytes to tensor and back: the only preprocessing, the same for every stage; and how pixels are blurred or filled.
 
 Legend: B batch, H height, W width. Tensors are float32 (B, 3, H, W) in [-1, 1]; arrays are uint8 (B, H, W, 3).
 """

@@ -1,4 +1,4 @@
-"""The global side: class codes as points, their projections, and the codes that stand for a class.
+"""The global side: class codes as points, their projections, those that stand for a class, and new ones between.
 
 Legend: N images, D numbers in the class code, C classes.
 """

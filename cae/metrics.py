@@ -1,4 +1,4 @@
-"""How good an explanation is: perturbation curves, agreement with a known truth, class codes, paired intervals.
+"""How good a map is: perturbation curves, agreement with a known truth; class codes, grids, paired intervals.
 
 Legend: B images, C classes, H height, W width, P patches. Images are float32 (B, 3, H, W) in [-1, 1]; maps are
 (B, H, W), larger = more important; a classifier maps images to logits (B, C) and is in evaluation mode. Work is done
