@@ -1,4 +1,4 @@
-"""Bytes to tensor and back: the only preprocessing, the same for every stage.
+"""Bytes to tensor and back: the only preprocessing, the same for every stage; and how pixels are blurred or filled.
 
 Legend: B batch, H height, W width. Tensors are float32 (B, 3, H, W) in [-1, 1]; arrays are uint8 (B, H, W, 3).
 """
@@ -10,11 +10,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 Fit = Literal["crop", "squash"]
 MAX_PIXELS = 100_000_000
+SWEEPS, RELAXATION = 32, 1.7  # of `inpaint`: 1.7 is best for holes 17 pixels wide, and 0.7^32 is 1e-5
 
 
 class UnreadableImage(ValueError):
@@ -90,3 +92,39 @@ def blur(x: Tensor, share: float) -> Tensor:
         return torch.softmax(-0.5 * ((place[:, None] - place) / (size * share)) ** 2, dim=1)  # (size, size)
 
     return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).T
+
+
+def inpaint(x: Tensor, covered: Tensor) -> Tensor:
+    """Images x (B, C, H, W) whose pixels in `covered` (B, 1, H, W) bool are filled in smoothly from around them.
+
+    Laplace's equation on the grid: each covered pixel is the mean of its neighbours, the two to four of them that lie
+    in the image. A first guess from a pyramid (at each scale the mean of the pixels that are known, holes from the
+    scale above), then `SWEEPS` sweeps of red-black successive over-relaxation. Of images in [-1, 1], holes up to 17
+    pixels wide (half that at the image's border) are solved to 1e-3; in wider ones the middle keeps some of the guess.
+    An image that is covered whole becomes 0. What `covered` hides is never read, what it shows is not changed.
+    """
+    number, channels, height, width = x.shape
+    known = covered.logical_not().to(x)
+    sums, weights = [x.masked_fill(covered, 0)], [known]
+    while max(sums[-1].shape[-2:]) > 1:
+        sums.append(F.avg_pool2d(sums[-1], 2, ceil_mode=True))
+        weights.append(F.avg_pool2d(weights[-1], 2, ceil_mode=True))
+    guess = x.new_zeros(number, channels, 1, 1)
+    for total, weight in zip(reversed(sums), reversed(weights), strict=True):
+        guess = F.interpolate(guess, scale_factor=2, mode="bilinear")[..., : total.shape[-2], : total.shape[-1]]
+        guess = torch.where(weight > 0, total / weight.clamp(min=torch.finfo(x.dtype).tiny), guess)
+
+    # Only the covered pixels are worked on, usually few. What lies outside of the image is one more pixel, always 0.
+    pixels = torch.cat((guess.transpose(0, 1).reshape(channels, -1), x.new_zeros(channels, 1)), 1)  # (C, B*H*W + 1)
+    image, row, col = covered[:, 0].nonzero().T
+    here = (image * height + row) * width + col  # (n,)
+    inside = torch.stack((row > 0, row < height - 1, col > 0, col < width - 1))  # (4, n)
+    around = torch.where(inside, here + here.new_tensor((-width, width, -1, 1))[:, None], pixels.shape[1] - 1)
+    count = inside.sum(0).clamp(min=1)
+    even = (row + col) % 2 == 0
+    colours = [(here[mine], around[:, mine].flatten(), count[mine]) for mine in (even, ~even)]
+    for _ in range(SWEEPS):
+        for mine, near, many in colours:
+            mean = pixels.index_select(1, near).view(channels, 4, -1).sum(1) / many
+            pixels.index_copy_(1, mine, pixels.index_select(1, mine).lerp(mean, RELAXATION))
+    return pixels[:, :-1].view(channels, number, height, width).transpose(0, 1).contiguous()

@@ -1,10 +1,11 @@
-"""The global side: class codes as points, their projections, and the codes that stand for a class.
+"""The global side: class codes as points, their projections, those that stand for a class, and new ones between.
 
-Legend: N images, D numbers in the class code.
+Legend: N images, D numbers in the class code, C classes.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,3 +71,30 @@ class TrainingCodes:
         from. A training code itself has distance 0, so the number says something of new images only.
         """
         return self._nearest.kneighbors(codes, 1)[0][:, 0] / self._typical
+
+
+def smote_codes(
+    codes: np.ndarray, labels: np.ndarray, per_class: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """New class codes (C * per_class, D) and their labels, by SMOTE (Chawla et al. 2002; Section IV-F3).
+
+    Each lies at a random place between a code of the class, drawn at random, and one of its 5 nearest neighbours of
+    that class; class by class, without the codes (N, D) given. SMOTE needs 2 classes and 6 codes in each: ValueError.
+    """
+    from imblearn.over_sampling import SMOTE  # brings scikit-learn
+
+    neighbours = 5
+    names, counts = np.unique(labels, return_counts=True)
+    if len(names) < 2:
+        raise ValueError(f"codes come from {len(names)} class: SMOTE needs at least 2 classes")
+    rarest = counts.argmin()
+    if counts[rarest] <= neighbours:
+        raise ValueError(f"class {names[rarest]} has {counts[rarest]} codes: SMOTE needs at least {neighbours + 1}")
+    wanted = {name: count + per_class for name, count in zip(names.tolist(), counts.tolist(), strict=True)}
+    with warnings.catch_warnings():
+        # It warns that classes grow beyond the largest one, which is what is wanted.
+        warnings.filterwarnings("ignore", "After over-sampling", UserWarning)
+        found, classes = SMOTE(sampling_strategy=wanted, k_neighbors=neighbours, random_state=seed).fit_resample(
+            codes, labels
+        )
+    return found[len(codes) :], classes[len(codes) :]  # it puts the new ones after those given

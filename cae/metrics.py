@@ -1,4 +1,4 @@
-"""How good an explanation is: perturbation curves, agreement with a known truth, class codes, paired intervals.
+"""How good a map is: perturbation curves, agreement with a known truth; class codes, grids, paired intervals.
 
 Legend: B images, C classes, H height, W width, P patches. Images are float32 (B, 3, H, W) in [-1, 1]; maps are
 (B, H, W), larger = more important; a classifier maps images to logits (B, C) and is in evaluation mode. Work is done
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from cae.images import blur
+from cae.images import blur, inpaint
 
 Classifier = Callable[[Tensor], Tensor]
-Fill = Literal["uniform", "blur"]
+Fill = Literal["uniform", "blur", "inpaint"]
 BOOTSTRAP_CELLS = 4_000_000
 """Resampled values that `paired_bootstrap` holds at once."""
 
@@ -59,28 +60,36 @@ def _square(centre: Tensor, reach: int, height: int, width: int) -> tuple[Tensor
 def rank_centres(maps: Tensor, count: int, patch: int = 7, *, disjoint: bool, seed: int) -> Tensor:
     """Centres (B, count, 2) of the patches to cover, as (row, col), most important first; -1 where no room is left.
 
-    Not disjoint, the paper's form (Section IV-C): the `count` largest pixels, whose patches may overlap. Disjoint:
-    greedy, a pixel is skipped when its patch would share a pixel with one already taken. Ties are broken at random by
-    `seed`, in the same way for every map. Raises ValueError on an even patch and on values that are not finite.
+    Not disjoint, the paper's form (Section IV-C): the `count` largest pixels, whose patches may overlap and stick out.
+    Disjoint: greedy, and every patch has its whole area in the image: one that would stick out is moved inwards, and
+    a pixel is skipped when its patch, as moved, would share a pixel with one already taken. So all methods cover the
+    same area, as long as there is room, and there is for (H - patch + 1) (W - patch + 1) / (2 patch - 1)^2 patches at
+    least. Ties are broken at random by `seed`, in the same way for every map. Raises ValueError on an even patch, one
+    larger than the image if disjoint, and on values that are not finite.
     """
     if count < 1 or patch < 1 or patch % 2 == 0:
         raise ValueError(f"count is {count} and patch {patch}: count must be positive and patch odd, to have a centre")
-    ranking = _ranking(maps, seed)
     number, height, width = maps.shape
-    pixels = height * width
+    if disjoint and patch > min(height, width):
+        raise ValueError(f"patch is {patch}, images {height} x {width}: a disjoint patch must lie in the image")
+    ranking = _ranking(maps, seed)
     centres = torch.full((number, count, 2), -1, device=maps.device)
     if not disjoint:
         best = ranking[:, :count]
         centres[:, : best.shape[1]] = torch.stack((best // width, best % width), dim=2)
         return centres
+    # Only pixels this far from the border can be centres; each ranks as the best pixel whose patch is moved onto it.
+    reach, pixels = patch // 2, height * width
+    rows, cols = height - 2 * reach, width - 2 * reach
+    moved_row, moved_col = ((ranking // width - reach).clamp(0, rows - 1), (ranking % width - reach).clamp(0, cols - 1))
     places = torch.arange(pixels, dtype=torch.int32, device=maps.device).expand(number, -1)
-    rank = torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(1, ranking, places)
-    rank = rank.view(number, height, width)
+    rank = torch.full((number, rows * cols), pixels, dtype=torch.int32, device=maps.device)
+    rank = rank.scatter_reduce_(1, moved_row * cols + moved_col, places, "amin").view(number, rows, cols)
     for step in range(count):
         least, best = rank.flatten(1).min(1)
-        centre = torch.stack((best // width, best % width), dim=1)
-        centres[:, step] = torch.where((least < pixels)[:, None], centre, -1)
-        rank[_square(centre, patch - 1, height, width)] = pixels  # two patches share a pixel iff centres are this near
+        centre = torch.stack((best // cols, best % cols), dim=1)
+        centres[:, step] = torch.where((least < pixels)[:, None], centre + reach, -1)
+        rank[_square(centre, patch - 1, rows, cols)] = pixels  # two patches share a pixel iff centres are this near
     return centres
 
 
@@ -116,16 +125,50 @@ def disjoint_steps(size: int, share: float = 0.075, patch: int = 7) -> int:
     return max(1, round(share * size * size / patch**2))
 
 
+def _check_curve(images: Tensor, maps: Tensor, target: Tensor, fill: Fill, draws: int, batch: int) -> None:
+    number, _, height, width = images.shape
+    if maps.shape != (number, height, width) or target.shape != (number,):
+        raise ValueError(
+            f"maps {tuple(maps.shape)} or target {tuple(target.shape)} do not fit images {tuple(images.shape)}: "
+            "pass one map of the images' size and one class per image"
+        )
+    if fill not in get_args(Fill):
+        raise ValueError(f"fill is {fill!r}: choose one of {', '.join(get_args(Fill))}")
+    if draws < 1 or batch < 1:
+        raise ValueError(f"draws is {draws} and batch {batch}: both must be at least 1")
+
+
 def _cover(images: Tensor, covered: Tensor, fill: Fill, noise: Tensor) -> Tensor:
     """Images (n, 3, H, W) with the pixels in `covered` (n, 1, H, W) filled."""
-    if fill == "uniform":
-        return torch.where(covered, noise, images)
-    return torch.where(covered, blur(images, 1 / 8), images)
+    if fill == "inpaint":
+        return inpaint(images, covered)
+    return torch.where(covered, noise if fill == "uniform" else blur(images, 1 / 8), images)
 
 
 def _probability(classifier: Classifier, images: Tensor, target: Tensor) -> Tensor:
     """F_c of Eq. 11: the softmax probability (B,) of each image's `target` class."""
     return classifier(images).float().softmax(1).gather(1, target[:, None])[:, 0]
+
+
+def _covered_probability(
+    classifier: Classifier, images: Tensor, covered_at: Tensor, target: Tensor, steps: int, fill: Fill, draws: int,
+    seed: int, batch: int,
+) -> Tensor:  # fmt: skip
+    """F (B, steps) of the images with all pixels filled whose step `covered_at` (B, H, W) is at most 0 .. steps - 1.
+
+    Fills: see `perturbation_curve`. At most `batch` filled images exist at once.
+    """
+    number, _, height, width = images.shape
+    draws = draws if fill == "uniform" else 1
+    total = torch.zeros(number * steps, device=images.device)
+    for draw in range(draws):
+        values = _random("fill", seed, draw).uniform(-1, 1, (3, height, width))
+        noise = torch.from_numpy(values).to(images)
+        for jobs in torch.arange(number * steps, device=images.device).split(batch):
+            image, step = jobs // steps, jobs % steps
+            covered = (covered_at[image] <= step[:, None, None])[:, None]  # (batch, 1, H, W)
+            total[jobs] += _probability(classifier, _cover(images[image], covered, fill, noise), target[image])
+    return total.view(number, steps) / draws
 
 
 @torch.no_grad()
@@ -145,37 +188,78 @@ def perturbation_curve(
 ) -> Tensor:
     """Drop F(X_0) - F(X_p) of Eq. 11, (B, steps) for p = 1 .. steps patches, F the probability of `target` (B,).
 
-    Patches stand on the map's top pixels (see `rank_centres`) and are clipped at the border; when there is no room
-    for another, the curve stays where it is. Fill `uniform`: i.i.d. per pixel and channel over [-1, 1], one noise
-    image per draw for all images and methods, averaged over `draws`; `blur`: the image itself under a Gaussian of an
-    eighth of its size, no draws. At most `batch` perturbed images exist at once. Raises ValueError.
+    Patches stand on the map's top pixels (see `rank_centres`); when there is no room for another, the curve stays
+    where it is. Not disjoint, they are clipped at the border. Fill `uniform`: i.i.d. per pixel and channel over
+    [-1, 1], one noise image per draw for all images and methods, averaged over `draws`; `blur`: the image itself under
+    a Gaussian of an eighth of its size; `inpaint`: smoothly from the patches' border (`images.inpaint`); neither has
+    draws. At most `batch` perturbed images exist at once. Raises ValueError.
     """
-    number, _, height, width = images.shape
-    if maps.shape != (number, height, width) or target.shape != (number,):
-        raise ValueError(
-            f"maps {tuple(maps.shape)} or target {tuple(target.shape)} do not fit images {tuple(images.shape)}: "
-            "pass one map of the images' size and one class per image"
-        )
-    if fill not in ("uniform", "blur"):
-        raise ValueError(f"fill is {fill!r}: choose 'uniform' or 'blur'")
-    if draws < 1 or batch < 1:
-        raise ValueError(f"draws is {draws} and batch {batch}: both must be at least 1")
+    _check_curve(images, maps, target, fill, draws, batch)
     target = target.to(images.device)
     centres = rank_centres(maps.to(images.device), steps, patch, disjoint=disjoint, seed=seed)
-    covered_at = covering_step(centres, height, width, patch)
+    covered_at = covering_step(centres, images.shape[2], images.shape[3], patch)
     chunks = zip(images.split(batch), target.split(batch), strict=True)
     whole = torch.cat([_probability(classifier, chunk, chosen) for chunk, chosen in chunks])
-    draws = draws if fill == "uniform" else 1
-    drop = torch.zeros(number * steps, device=images.device)
-    for draw in range(draws):
-        values = _random("fill", seed, draw).uniform(-1, 1, (3, height, width))
-        noise = torch.from_numpy(values).to(images)
-        for jobs in torch.arange(number * steps, device=images.device).split(batch):
-            image, step = jobs // steps, jobs % steps
-            covered = (covered_at[image] <= step[:, None, None])[:, None]  # (batch, 1, H, W)
-            left = _probability(classifier, _cover(images[image], covered, fill, noise), target[image])
-            drop[jobs] += whole[image] - left
-    return drop.view(number, steps) / draws
+    left = _covered_probability(classifier, images, covered_at, target, steps, fill, draws, seed, batch)
+    return whole[:, None] - left
+
+
+@dataclass(frozen=True, eq=False)
+class InsertionDeletion:
+    """What `insertion_deletion` returns for B images."""
+
+    share: Tensor
+    """(steps + 1,) of the pixels inserted or deleted, 0 to 1."""
+    insertion: Tensor
+    """(B, steps + 1) probability of the target with only this share of top pixels seen; ends at the whole image."""
+    deletion: Tensor
+    """(B, steps + 1) probability of the target with this share of top pixels filled; starts at the whole image."""
+    insertion_area: Tensor
+    """(B,) area under the insertion curve, 0 to 1: more is better."""
+    deletion_area: Tensor
+    """(B,) area under the deletion curve, 0 to 1: less is better."""
+
+
+@torch.no_grad()
+def insertion_deletion(
+    classifier: Classifier,
+    images: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    *,
+    steps: int = 32,
+    fill: Fill = "blur",
+    draws: int = 5,
+    seed: int = 0,
+    batch: int = 256,
+) -> InsertionDeletion:
+    """Insertion and deletion curves of `target` (B,) and the areas under them. Petsiuk et al., BMVC 2018.
+
+    Pixels in the map's order, ties as in `rank_centres`, after k = 0 .. steps equal shares of the image; areas by the
+    trapezoid rule. Filled as in `perturbation_curve`, in both directions alike; the authors insert into a blurred
+    image and delete to a constant. At most `batch` filled images exist at once. Raises ValueError.
+    """
+    _check_curve(images, maps, target, fill, draws, batch)
+    number, _, height, width = images.shape
+    pixels = height * width
+    if not 1 <= steps <= pixels:
+        raise ValueError(f"steps is {steps}: choose 1 to {pixels}, the number of pixels")
+    ranking = _ranking(maps.to(images.device), seed)
+    counts = torch.arange(steps + 1, device=images.device) * pixels // steps  # pixels done at each step
+    place = torch.arange(pixels, device=images.device)
+    step = torch.searchsorted(counts, place, right=True).expand(number, -1)  # 1 .. steps: the first that does them
+    done_at = torch.empty_like(ranking).scatter_(1, ranking, step).view(number, height, width)
+
+    def curve(covered_at: Tensor) -> Tensor:
+        given = classifier, images, covered_at, target.to(images.device)
+        return _covered_probability(*given, steps + 1, fill, draws, seed, batch)
+
+    deletion = curve(done_at)
+    insertion = curve(steps + 1 - done_at).flip(1)  # backwards, the last pixels go first
+    share = counts / pixels
+    return InsertionDeletion(
+        share, insertion, deletion, torch.trapezoid(insertion, share), torch.trapezoid(deletion, share)
+    )
 
 
 def aopc(curve: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from cae.images import MAX_PIXELS, UnreadableImage, decode, encode_png, load, to_array, to_tensor
+from cae.images import MAX_PIXELS, UnreadableImage, decode, encode_png, inpaint, load, to_array, to_tensor
 
 SIZE = 32
 HEIGHT, WIDTH = 48, 64
@@ -324,3 +324,61 @@ def test_png_round_trip_is_exact() -> None:
     picture = np.asarray(noise(SIZE, SIZE))
     assert np.array_equal(decode(encode_png(picture), SIZE), picture)
     assert np.array_equal(decode(encode_png(picture[..., 0]), SIZE)[..., 2], picture[..., 0])
+
+
+def harmonic(image: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Each covered pixel (H, W) the mean of its neighbours in the image (C, H, W), as one dense linear system."""
+    holes = [(int(i), int(j)) for i, j in np.argwhere(covered)]
+    matrix, known = np.eye(len(holes)), np.zeros((len(holes), len(image)))
+    for k, (i, j) in enumerate(holes):
+        around = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+        around = [(a, b) for a, b in around if 0 <= a < covered.shape[0] and 0 <= b < covered.shape[1]]
+        for place in around:
+            if covered[place]:
+                matrix[k, holes.index(place)] -= 1 / len(around)
+            else:
+                known[k] += image[:, place[0], place[1]] / len(around)
+    filled = image.copy()
+    filled[:, covered] = np.linalg.solve(matrix, known).T
+    return filled
+
+
+def holes(height: int, width: int) -> torch.Tensor:
+    """Several kinds of holes, (4, 1, height, width): patches, at the border too; one of 17 pixels; scattered; none."""
+    covered = torch.zeros(4, 1, height, width, dtype=torch.bool)
+    covered[0, :, :7, :7] = covered[0, :, 3:10, 12:19] = covered[0, :, 8:15, 10:17] = covered[0, :, -7:, 20:27] = True
+    covered[1, :, 2:19, 3:20] = True
+    covered[2] = torch.rand(height, width, generator=torch.Generator().manual_seed(0)) < 0.8
+    return covered
+
+
+def test_inpaint_solves_laplaces_equation_and_touches_nothing_else() -> None:
+    covered = holes(23, 29)
+    x = torch.rand(4, 3, 23, 29, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = inpaint(x, covered)
+    assert torch.equal(found.masked_fill(covered, 0), x.masked_fill(covered, 0))
+    for image, hole, filled in zip(x.double().numpy(), covered[:, 0].numpy(), found, strict=True):
+        assert np.abs(filled.numpy() - harmonic(image, hole)).max() < 1e-3
+    assert torch.equal(inpaint(x.masked_fill(covered, torch.nan), covered), found)  # what is hidden is not looked at
+    assert torch.equal(inpaint(x[1:2], covered[1:2]), found[1:2])
+
+
+def test_inpaint_keeps_constants_and_ramps() -> None:
+    covered = holes(23, 29)
+    constant = torch.full((4, 3, 23, 29), 0.7)
+    torch.testing.assert_close(inpaint(constant, covered), constant, atol=1e-6, rtol=0)
+    inner = covered[:2].clone()
+    inner[0, :, :7, :7] = inner[0, :, -7:] = False  # at the border nothing says that a ramp goes on
+    ramp = torch.linspace(-1, 0, 23)[:, None] + torch.linspace(0, 1, 29)
+    ramp = torch.stack((ramp, -ramp, ramp.flip(1))).expand(2, -1, -1, -1)
+    torch.testing.assert_close(inpaint(ramp, inner), ramp, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (6, 2), (16, 16)])
+def test_inpaint_of_whole_images_and_of_all_but_a_pixel(shape: tuple[int, int]) -> None:
+    x = torch.full((2, 3, *shape), -0.4)
+    covered = torch.ones(2, 1, *shape, dtype=torch.bool)
+    covered[1, 0, 0, -1] = False
+    found = inpaint(x, covered)
+    assert not found[0].any()
+    torch.testing.assert_close(found[1], x[1])

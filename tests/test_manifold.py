@@ -5,7 +5,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from cae import manifold
-from cae.manifold import TrainingCodes, medoids, project
+from cae.manifold import TrainingCodes, medoids, project, smote_codes
 
 
 def distance_to(codes: np.ndarray, training: np.ndarray) -> np.ndarray:
@@ -127,3 +127,36 @@ def test_distance_of_training_codes_new_codes_and_strangers() -> None:
     assert (distance_to(new + 50, training) > 10).all()
     # In units of the training codes' own distances: the same whatever the code's scale.
     assert np.allclose(distance_to(new * 1000, training * 1000), distance_to(new, training))
+
+
+def on_a_segment(point: np.ndarray, members: np.ndarray, neighbours: int) -> bool:
+    """Whether a point lies between a code and one of its nearest neighbours, tried one pair after the other."""
+    for i, start in enumerate(members):
+        distance = [np.linalg.norm(start - other) for other in members]
+        for j in [j for j in np.argsort(distance) if j != i][:neighbours]:
+            way = members[j] - start
+            share = (point - start) @ way / (way @ way)
+            if 0 <= share <= 1 and np.allclose(start + share * way, point, atol=1e-6):
+                return True
+    return False
+
+
+def test_smote_codes_lie_between_neighbours_of_their_class() -> None:
+    codes, labels = clusters(count=12)
+    kept = np.flatnonzero((labels > 0) | (np.cumsum(labels == 0) <= 6))  # class 0 has as few as SMOTE can do with
+    codes, labels = codes[kept], labels[kept] * 2 + 1
+    found, classes = smote_codes(codes, labels, per_class=25, seed=1)
+    assert found.shape == (75, 8) and classes.tolist() == [1] * 25 + [3] * 25 + [5] * 25
+    for point, label in zip(found, classes, strict=True):
+        assert on_a_segment(point, codes[labels == label], 5)
+    assert len(np.unique(found, axis=0)) == 75
+    assert np.array_equal(found, smote_codes(codes, labels, per_class=25, seed=1)[0])
+    assert not np.array_equal(found, smote_codes(codes, labels, per_class=25, seed=2)[0])
+
+
+def test_smote_codes_says_what_it_needs() -> None:
+    codes, labels = clusters(count=6, classes=2)
+    with pytest.raises(ValueError, match="class 1 has 5 codes: SMOTE needs at least 6"):
+        smote_codes(np.delete(codes, np.argmax(labels == 1), 0), np.delete(labels, np.argmax(labels == 1)))
+    with pytest.raises(ValueError, match="1 class: SMOTE needs at least 2"):
+        smote_codes(codes, np.zeros(12, int))

@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
 from cae import metrics
+from cae.images import inpaint
 from cae.peers import controls
 
 torch.set_num_threads(1)
@@ -38,13 +39,24 @@ def conv_classifier() -> nn.Module:
 
 
 def slow_centres(values: np.ndarray, count: int, patch: int, disjoint: bool, tie_order: list[int]) -> list[list[int]]:
-    """Pixel after pixel from the most important, painting patches on a canvas; `tie_order` settles equal values."""
+    """Pixel after pixel from the most important, painting patches on a canvas; `tie_order` settles equal values.
+
+    A disjoint patch that sticks out is pushed into the image pixel by pixel first.
+    """
     height, width = values.shape
     place = {pixel: position for position, pixel in enumerate(tie_order)}
     pixels = sorted(range(height * width), key=lambda pixel: (-values.flat[pixel], place[pixel]))
     canvas, reach = np.zeros((height, width), bool), patch // 2
     taken: list[list[int]] = []
     for row, col in (divmod(pixel, width) for pixel in pixels):
+        while disjoint and row - reach < 0:
+            row += 1
+        while disjoint and row + reach >= height:
+            row -= 1
+        while disjoint and col - reach < 0:
+            col += 1
+        while disjoint and col + reach >= width:
+            col -= 1
         square = canvas[max(0, row - reach) : row + reach + 1, max(0, col - reach) : col + reach + 1]
         if len(taken) < count and not (disjoint and square.any()):
             square[:] = True
@@ -70,6 +82,26 @@ def test_rankings_match_the_slow_definition(disjoint: bool, patch: int, seed: in
     assert got.tolist() == [slow_centres(values, count, patch, disjoint, ties) for values in maps]
     alone = metrics.rank_centres(torch.from_numpy(maps[3:4]), count, patch, disjoint=disjoint, seed=seed)
     assert torch.equal(alone, got[3:4])
+
+
+@pytest.mark.parametrize("patch", [3, 7])
+def test_disjoint_patches_have_equal_area_for_every_map(patch: int) -> None:
+    height, width = 32, 40
+    rows, cols = torch.arange(height)[:, None], torch.arange(width)
+    frame = torch.minimum(torch.minimum(rows, height - 1 - rows), torch.minimum(cols, width - 1 - cols)) == 0
+    corner = -1.0 * (rows + cols)
+    maps = torch.stack(
+        [random(height, width), frame.float(), corner, -corner, corner.abs() % 7, torch.ones_like(corner)]
+    )
+    count = math.ceil((height - patch + 1) * (width - patch + 1) / (2 * patch - 1) ** 2)  # always room for these
+    centres = metrics.rank_centres(maps, count, patch, disjoint=True, seed=0)
+    shares = metrics.covered_share(metrics.covering_step(centres, height, width, patch), count)
+    exact = torch.arange(1, count + 1) * patch**2 / (height * width)
+    torch.testing.assert_close(shares, exact.expand(len(maps), -1))
+    # Clipped patches, the paper's form, do differ: the corner's first one is a quarter.
+    clipped = metrics.rank_centres(maps, 1, patch, disjoint=False, seed=0)
+    share = metrics.covered_share(metrics.covering_step(clipped, height, width, patch), 1)
+    assert share[2, 0] == pytest.approx((patch // 2 + 1) ** 2 / (height * width))
 
 
 def test_ties_are_random_by_seed_and_never_reorder_values() -> None:
@@ -98,6 +130,8 @@ def test_rank_centres_takes_half_precision_and_refuses_bad_input() -> None:
     assert torch.equal(kept, metrics.rank_centres(maps.float(), 5, 3, disjoint=True, seed=0))
     with pytest.raises(ValueError, match="patch odd"):
         metrics.rank_centres(maps, 5, 4, disjoint=True, seed=0)
+    with pytest.raises(ValueError, match="patch is 13, images 12 x 12"):
+        metrics.rank_centres(maps, 5, 13, disjoint=True, seed=0)
     maps[1, 3, 3] = math.nan
     with pytest.raises(ValueError, match="map 1 holds values that are not finite"):
         metrics.rank_centres(maps, 5, disjoint=True, seed=0)
@@ -144,7 +178,7 @@ def noise(classifier, shape, draws, seed) -> list[Tensor]:  # type: ignore[no-un
     height, width = shape
     metrics.perturbation_curve(
         record, torch.zeros(1, 3, height, width), torch.zeros(1, height, width), torch.tensor([0]),
-        steps=1, patch=2 * max(shape) + 1, draws=draws, seed=seed,
+        steps=1, patch=2 * max(shape) + 1, draws=draws, seed=seed, disjoint=False,
     )  # fmt: skip
     return [images[0] for images in seen[1:]]
 
@@ -198,6 +232,22 @@ def test_blur_fill_is_a_gaussian_of_an_eighth_of_the_size() -> None:
     assert got[0].tolist() == pytest.approx(slow_curve(classifier, image[0], centres, 1, 3, [slow]), abs=1e-6)
 
 
+def test_inpaint_fill_starts_from_the_image_at_every_step() -> None:
+    image = random(1, 3, 18, 20) * 2 - 1
+    classifier, target, patch = conv_classifier(), torch.tensor([1]), 5
+    for disjoint in (True, False):
+        got = metrics.perturbation_curve(
+            classifier, image, image[:, 0], target, steps=4, patch=patch, fill="inpaint", disjoint=disjoint
+        )
+        centres = metrics.rank_centres(image[:, 0], 4, patch, disjoint=disjoint, seed=0)[0].tolist()
+        covered = torch.zeros(1, 1, 18, 20, dtype=torch.bool)
+        for step, (row, col) in enumerate(centres):
+            covered[..., max(0, row - 2) : row + 3, max(0, col - 2) : col + 3] = True
+            with torch.no_grad():
+                p, left = (classifier(x).softmax(1)[0, 1] for x in (image, inpaint(image, covered)))
+            assert float(got[0, step]) == pytest.approx(float(p - left), abs=1e-6)
+
+
 def test_no_more_than_a_batch_at_once_and_no_gradients() -> None:
     sizes = []
 
@@ -249,7 +299,7 @@ def test_the_truth_beats_the_controls() -> None:
     truth[:, *BLOCK] = 1
     peers = {"truth": truth, "random": controls.random_map(images), "constant": torch.ones(16, 32, 32)}
     options = {"steps": metrics.disjoint_steps(32), "draws": 3}
-    for fill, disjoint in itertools.product(("uniform", "blur"), (True, False)):
+    for fill, disjoint in itertools.product(("uniform", "blur", "inpaint"), (True, False)):
         score = {
             name: metrics.aopc(
                 metrics.perturbation_curve(
@@ -273,10 +323,82 @@ def test_curve_refuses_what_does_not_fit() -> None:
         metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 8, 8), target, steps=1)
     with pytest.raises(ValueError, match="do not fit"):
         metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 16, 16), target[:1], steps=1)
-    with pytest.raises(ValueError, match="choose 'uniform' or 'blur'"):
+    with pytest.raises(ValueError, match="choose one of uniform, blur, inpaint"):
         metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 16, 16), target, steps=1, fill="grey")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1"):
         metrics.perturbation_curve(block_classifier, images, torch.zeros(2, 16, 16), target, steps=1, draws=0)
+
+
+# --- insertion and deletion
+
+
+def slow_insertion_deletion(classifier, image, order, target, steps, filling) -> tuple[list[float], list[float]]:  # type: ignore[no-untyped-def]
+    """Pixel after pixel, (row, col) in `order`, put from one image into the other; asked at each of the shares."""
+
+    def curve(canvas: Tensor, giver: Tensor) -> list[float]:
+        canvas, found, done = canvas.clone(), [], 0
+        for step in range(steps + 1):
+            while done < len(order) * step // steps:
+                row, col = order[done]
+                canvas[:, row, col] = giver[:, row, col]
+                done += 1
+            with torch.no_grad():
+                found.append(float(classifier(canvas[None]).softmax(1)[0, target]))
+        return found
+
+    return curve(filling, image), curve(image, filling)
+
+
+@pytest.mark.parametrize("steps", [1, 6, 11])
+def test_insertion_and_deletion_match_the_slow_definition(steps: int) -> None:
+    classifier, size = conv_classifier(), (9, 12)
+    images, target = random(3, 3, *size) * 2 - 1, torch.tensor([0, 2, 1])
+    maps = torch.cat([random(2, *size, seed=3), (random(1, *size, seed=4) > 0.5).float()])  # the last has many ties
+    found = metrics.insertion_deletion(
+        classifier, images, maps, target, steps=steps, fill="uniform", draws=1, seed=3, batch=5
+    )
+    (filling,) = noise(classifier, size, 1, 3)
+    order = metrics.rank_centres(maps, 9 * 12, 1, disjoint=False, seed=3).tolist()
+    share = [(108 * k // steps) / 108 for k in range(steps + 1)]
+    assert found.share.tolist() == pytest.approx(share)
+    for i in range(3):
+        slow = slow_insertion_deletion(classifier, images[i], order[i], target[i], steps, filling)
+        areas = [sum((c[k] + c[k + 1]) / 2 * (share[k + 1] - share[k]) for k in range(steps)) for c in slow]
+        assert found.insertion[i].tolist() == pytest.approx(slow[0], abs=1e-6)
+        assert found.deletion[i].tolist() == pytest.approx(slow[1], abs=1e-6)
+        assert (float(found.insertion_area[i]), float(found.deletion_area[i])) == pytest.approx(areas, abs=1e-6)
+
+
+@pytest.mark.parametrize("fill", ["uniform", "blur", "inpaint"])
+def test_insertion_and_deletion_prefer_the_truth(fill: metrics.Fill) -> None:
+    images = random(8, 3, 32, 32) - 1
+    images[:, :, *BLOCK] = 0.9
+    truth = torch.zeros(8, 32, 32)
+    truth[:, *BLOCK] = 1
+    target, sizes = torch.zeros(8, dtype=torch.long), []
+
+    def classifier(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return block_classifier(x)
+
+    good, bad = (
+        metrics.insertion_deletion(classifier, images, maps, target, steps=8, fill=fill, draws=2, batch=10)
+        for maps in (truth, controls.random_map(images))
+    )
+    assert max(sizes) == 10 and sum(sizes) == 2 * 2 * 8 * 9 * (2 if fill == "uniform" else 1)
+    assert (good.insertion_area > bad.insertion_area).all() and (good.deletion_area < bad.deletion_area).all()
+    assert torch.equal(good.insertion[:, -1], good.deletion[:, 0])
+    torch.testing.assert_close(good.insertion[:, 0], good.deletion[:, -1])
+    assert (good.deletion[:, 0] > 0.99).all() and (good.deletion[:, 1] < good.deletion[:, 0] - 0.2).all()
+
+
+def test_insertion_and_deletion_refuse_what_does_not_fit() -> None:
+    given = block_classifier, torch.zeros(2, 3, 24, 24), torch.zeros(2, 24, 24)
+    with pytest.raises(ValueError, match="do not fit"):
+        metrics.insertion_deletion(*given, torch.tensor([0]))
+    for steps in (0, 577):
+        with pytest.raises(ValueError, match="choose 1 to 576"):
+            metrics.insertion_deletion(*given, torch.tensor([0, 1]), steps=steps)
 
 
 # --- known truth
