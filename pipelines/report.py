@@ -112,7 +112,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
         Section(
             "Measuring the maps",
             "The top-ranked places of each map are overwritten with noise, and the fall of the classifier's "
-            "probability is measured; more is better. Disjoint patches, cut off only at the border, cover nearly the "
+            "probability is measured; more is better. Disjoint patches, all of them in the image, cover the "
             "same area for every method and are the headline; the paper's form lets them overlap, which rewards noisy "
             "maps. A method that does not beat the grey controls explains nothing. Differences are paired "
             "over images, with 95% bootstrap intervals.",
