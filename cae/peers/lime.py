@@ -87,14 +87,15 @@ def lime(
     maps = []
     for i in range(len(images)):
         image, label = images[i : i + 1], labels[i : i + 1, None]  # (1, 3, H, W), (1, 1, H, W)
-        parts = method.attribute(
-            image,
-            baselines=_mean_colours(image[0], label[0, 0])[None] if baseline is None else baseline,
-            target=target[i : i + 1],
-            feature_mask=label,
-            n_samples=samples,
-            perturbations_per_eval=batch,
-        )
+        with torch.random.fork_rng([]):  # captum's data loader draws a seed that it does not use
+            parts = method.attribute(
+                image,
+                baselines=_mean_colours(image[0], label[0, 0])[None] if baseline is None else baseline,
+                target=target[i : i + 1],
+                feature_mask=label,
+                n_samples=samples,
+                perturbations_per_eval=batch,
+            )
         maps.append(parts[:, 0])  # a superpixel holds all channels, which therefore have the same map
     return torch.cat(maps)
 
