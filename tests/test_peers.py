@@ -320,7 +320,7 @@ def test_full_grad_is_the_same_after_folding(tmp_path: Path) -> None:
 
 
 class TwoLayers(nn.Module):
-    """A convolution, ReLU, another that is smaller, norm over places; biases may be given per place.
+    """A convolution, ReLU, another that is smaller, norm over places, mixed; biases may be given per place.
 
     The norm is homogeneous of degree 1, as FullGrad needs, and unlike an average's its gradient varies over places.
     Remembers what it was asked.
@@ -331,14 +331,17 @@ class TwoLayers(nn.Module):
         torch.manual_seed(4)
         self.first = nn.Conv2d(3, 4, 3, padding=1)
         self.second = nn.Conv2d(4, 2, 3, stride=2)
+        self.mix = torch.tensor([[1.0, 0.6], [-0.7, 1.0]])  # so that no channel's gradient is 0
         self.asked: list[Tensor] = []
 
     def forward(self, x: Tensor, *biases: Tensor) -> Tensor:
         self.asked.append(x.detach())
         if biases:
             y = torch.relu(nn.functional.conv2d(x, self.first.weight, padding=1) + biases[0])
-            return (nn.functional.conv2d(y, self.second.weight, stride=2) + biases[1]).square().sum((2, 3)).sqrt()
-        return self.second(self.first(x).relu_()).square().sum((2, 3)).sqrt()
+            return (nn.functional.conv2d(y, self.second.weight, stride=2) + biases[1]).square().sum(
+                (2, 3)
+            ).sqrt() @ self.mix
+        return self.second(self.first(x).relu_()).square().sum((2, 3)).sqrt() @ self.mix
 
 
 def psi(terms: list[Tensor]) -> Tensor:
@@ -428,7 +431,11 @@ def test_integrated_gradients_have_their_closed_forms() -> None:
 
 def test_integrated_gradients_add_up_to_the_change_of_the_logit() -> None:
     box, images, target = small_box(), pictures(3), torch.tensor([0, 2, 1])
-    maps = integrated_gradients(box, images, target, steps=200)
+    asked: list[int] = []
+    hook = box.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+    maps = integrated_gradients(box, images, target, steps=200, batch=32)
+    hook.remove()
+    assert max(asked) <= 32 and sum(asked) >= 600
     change = (box(images) - box(torch.full_like(images, -1)))[torch.arange(3), target]
     torch.testing.assert_close(maps.sum((1, 2)), change, rtol=1e-2, atol=1e-2 * float(change.abs().max()))
 
@@ -481,6 +488,21 @@ def test_superpixels_are_the_grid_where_nothing_is_seen_and_follow_edges() -> No
     assert not set(labels[0, :, :13].unique().tolist()) & set(labels[0, :, 13:].unique().tolist())
     assert torch.equal(labels[1], cells)  # whatever else is in the batch
     assert labels[0].unique().tolist() == list(range(int(labels[0].max()) + 1)) and labels[0].max() >= 7
+
+
+def test_superpixels_trade_colour_against_place() -> None:
+    images = 0.4 * pictures(1)
+    place = torch.stack(torch.meshgrid(torch.arange(12) / 4, torch.arange(16) / 4, indexing="ij"))  # in cells
+
+    def spread(values: Tensor, labels: Tensor) -> float:
+        parts = [values[:, labels == label] for label in labels.unique()]
+        return sum(float((part - part.mean(1, keepdim=True)).square().sum()) for part in parts) / labels.numel()
+
+    loose, usual, tight = (superpixels(images, 12, compactness)[0] for compactness in (0.02, 0.5, 10))
+    assert spread(place, loose) > 4 * spread(place, usual) and spread(images[0], loose) < 0.5 * spread(images[0], usual)
+    assert spread(images[0], usual) < spread(images[0], tight) and torch.equal(usual, superpixels(images, 12)[0])
+    cells = torch.arange(12)[:, None] // 4 * 4 + torch.arange(16) // 4
+    assert spread(place, tight) == pytest.approx(spread(place, cells), rel=0.05)
 
 
 def test_lime_on_a_linear_model_is_the_sum_over_each_superpixel() -> None:
@@ -560,6 +582,7 @@ def test_rise_masks_and_map_have_their_expectation() -> None:
     part = (net.weight * images[0]).sum(0).flatten()  # 0.4 in all, in one corner
     expected = 0.5 + covariance @ part / keep + keep * part.sum()
     found = rise(net, images, torch.tensor([1]), masks=number, cells=cells, keep=keep, batch=500)
+    assert max(len(asked) for asked in net.asked) <= 500
     assert expected.max() - expected.min() > 0.09
     torch.testing.assert_close(found[0].flatten(), expected, atol=0.03, rtol=0)
 
