@@ -60,7 +60,8 @@ class RunOptions:
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
     threads: int = 0
-    """CPU threads of all processes on a machine together, to leave cores to others. 0: one per core."""
+    """CPU threads of all processes on a machine together, to leave cores to others. 0: one per core. For this
+    call only: another on the same run folder must say it again."""
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
@@ -152,7 +153,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
-    stored = {name: value for name, value in stored.items() if name not in ("run", "stages", "again")}
+    stored = {name: value for name, value in stored.items() if name not in ("run", "stages", "again", "threads")}
     # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
     default = _from_dict(
         options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)

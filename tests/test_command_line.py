@@ -95,8 +95,10 @@ def test_help_teaches_and_shows_the_preset_s_values() -> None:
 def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     first = runs.parse(
-        full.FullOptions, ["--dataset", "synthetic", "--run", folder, "--pairs", "77", "--splits", "val"]
+        full.FullOptions,
+        ["--dataset", "synthetic", "--run", folder, "--pairs", "77", "--splits", "val", "--threads", "3"],
     )
+    assert first.threads == 3
     assert (first.train.pairs, first.splits, first.model) == (77, ("val",), PRESETS["quick"].model)
     assert first.resnet == PRESETS["quick"].resnet
     run = Run(folder)
@@ -104,6 +106,7 @@ def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path
     run.save()
     again = runs.parse(full.FullOptions, ["--run", folder, "--batch", "4"])
     assert (again.train.pairs, again.train.batch, again.splits, again.dataset) == (77, 4, ("val",), "synthetic")
+    assert again.threads == 0  # how a call is run is its own affair
     stage = runs.parse(shard.ShardOptions, ["--run", folder])
     assert stage.dataset == "synthetic"
 
