@@ -68,7 +68,7 @@ def permuted_data(run: Run, folder: Path, seed: int) -> None:
         labels = rng.permutation(part.label.to_numpy()) if split == "train" else part.label.to_numpy()
         images = read_images(run, part.id.to_numpy(), size, "crop")
         for name, label, image in zip(part.id, labels, images, strict=True):
-            path = folder / split / names[int(label)] / f"{Path(name).stem}.png"
+            path = folder / split / names[int(label)] / f"{name.replace('/', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
 
@@ -141,5 +141,6 @@ def main(options: Options, rest: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    mine, _, theirs = " ".join(sys.argv[1:]).partition(" -- ")
-    main(tyro.cli(Options, description=__doc__, args=mine.split()), theirs.split())
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    main(tyro.cli(Options, description=__doc__, args=words[:cut]), words[cut + 1 :])

@@ -35,6 +35,15 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         table.writerows(rows)
 
 
+def numbers(run: Run) -> dict[tuple[str, str], float]:
+    """What a run measured: (stage, measure) -> value."""
+    return {
+        (stage, measure): value
+        for stage, state in run.state["stages"].items()
+        for measure, value in ({"seconds": state["seconds"]} | state["result"]).items() if isinstance(value, float)
+    }  # fmt: skip
+
+
 def main(folder: str, command: str) -> None:
     """Append the rows of one run."""
     run = Run(folder)
@@ -42,8 +51,7 @@ def main(folder: str, command: str) -> None:
               "commit": run.state["git"][:10], "command": command}  # fmt: skip
     append(TABLE, [
         common | {"stage": stage, "measure": measure, "value": f"{value:.4g}"}
-        for stage, state in run.state["stages"].items()
-        for measure, value in ({"seconds": state["seconds"]} | state["result"]).items() if isinstance(value, float)
+        for (stage, measure), value in numbers(run).items()
     ])  # fmt: skip
 
 
