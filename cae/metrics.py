@@ -21,6 +21,8 @@ from cae.images import blur, inpaint
 
 Classifier = Callable[[Tensor], Tensor]
 Fill = Literal["uniform", "blur", "inpaint"]
+FILL_BLUR = 1 / 8
+"""Sigma of the fill `blur`, as a share of the image's side."""
 BOOTSTRAP_CELLS = 4_000_000
 """Resampled values that `paired_bootstrap` holds at once."""
 
@@ -142,7 +144,7 @@ def _cover(images: Tensor, covered: Tensor, fill: Fill, noise: Tensor) -> Tensor
     """Images (n, 3, H, W) with the pixels in `covered` (n, 1, H, W) filled."""
     if fill == "inpaint":
         return inpaint(images, covered)
-    return torch.where(covered, noise if fill == "uniform" else blur(images, 1 / 8), images)
+    return torch.where(covered, noise if fill == "uniform" else blur(images, FILL_BLUR), images)
 
 
 def _probability(classifier: Classifier, images: Tensor, target: Tensor) -> Tensor:

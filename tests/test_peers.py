@@ -24,6 +24,7 @@ from cae.peers.latent_shift import latent_shift
 from cae.peers.lime import lime, superpixels
 from cae.peers.occlusion import occlusion
 from cae.peers.rise import random_masks, rise
+from cae.peers.table import peers
 
 torch.set_num_threads(1)
 
@@ -631,3 +632,10 @@ def test_latent_shift_follows_the_gradient_of_a_real_cae() -> None:
     assert maps.shape == (2, 32, 32) and (maps >= 0).all()
     torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
     assert all(parameter.grad is None for parameter in cae.parameters())
+
+
+@pytest.mark.parametrize("name", peers(cae=None))
+def test_every_peer_of_the_table_gives_maps(name: str) -> None:
+    box, images = small_box(), pictures(2)
+    maps = peers()[name].maps(box, images, torch.tensor([0, 1]))
+    assert maps.shape == images[:, 0].shape and maps.isfinite().all() and maps.flatten(1).std(1).gt(0).all()

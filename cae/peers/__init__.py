@@ -5,4 +5,6 @@ gives logits (B, C), is in evaluation mode and is left as it was; `target` (B,) 
 images' device, larger = more important for the target, and an image's map is the same in any batch. Methods that use
 gradients explain the logit, those that only ask the classifier explain the probability, as their authors do. The
 controls know nothing of the classifier and take the images alone.
+
+`cae.peers.table` has all of them as they are measured, by name.
 """
