@@ -154,16 +154,19 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     weight = p_target.diff(dim=1).clamp(min=0)  # (B, K)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     if mode == "integrated":
-        heat = _integrated(blackbox, x, walked, first, source, target, at_once).clamp(min=0)
+        heat = _integrated(blackbox, x, walked, first, source, target, at_once)
     elif mode == "patch":
         pixels = max(1, round(window * min(size)))
-        heat = _patch(blackbox, x, end - walked[:, 0], source, target, pixels, at_once).clamp(min=0)
+        heat = _patch(blackbox, x, end - walked[:, 0], source, target, pixels, at_once)
     elif mode == "path":
         heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:
         heat = (end - (walked[:, 0] if mode == "contrast" else x)).abs().mean(1)
     if smooth:
         heat = blur(heat, smooth)
+    # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
+    # where the images differ, whatever the classifier.
+    heat = heat.clamp(min=0)
 
     signed = (end - walked[:, 0]).mean(1)
     finite = torch.stack([part.isfinite().flatten(1).all(1) for part in (p_walked, heat, signed)]).all(0)

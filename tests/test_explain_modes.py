@@ -255,3 +255,18 @@ def test_smooth_blurs_the_map_and_nothing_else(mode: str) -> None:
     assert torch.allclose(smooth.map, cae.explain.blur(sharp.map, 0.1))
     assert not torch.allclose(smooth.map, sharp.map, atol=1e-3) and (smooth.map >= 0).all()
     assert torch.equal(smooth.signed, sharp.signed) and smooth.status == sharp.status
+
+
+@pytest.mark.parametrize("mode", ["integrated", "patch"])
+def test_smooth_weighs_what_speaks_against_the_target_too(mode: str) -> None:
+    class Against(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return -b(x)
+
+    network, b, x, codes = crooked_world()
+    given = x[:4], torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 0]), codes[:4]
+    against = BlackBox(Against(), b.classes)
+    for_it, against_it = (explain(network, asked, *given, mode=mode).map for asked in (b, against))
+    assert (for_it * against_it == 0).all() and (for_it > 0).any() and (against_it > 0).any()
+    smooth = explain(network, b, *given, mode=mode, smooth=0.05).map
+    assert torch.allclose(smooth, cae.explain.blur(for_it - against_it, 0.05).clamp(min=0))
