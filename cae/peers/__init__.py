@@ -6,5 +6,5 @@ images' device, larger = more important for the target, and an image's map is th
 gradients explain the logit, those that only ask the classifier explain the probability, as their authors do. The
 controls know nothing of the classifier and take the images alone.
 
-`cae.peers.table` has all of them as they are measured, by name.
+`cae.peers.table` has all of them as they are measured, by name, but TS-CAM, which explains only its own classifier.
 """
