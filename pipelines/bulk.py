@@ -8,6 +8,7 @@ checkpoints need rows to reach a write task first and keep a growing set of ids 
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import time
@@ -101,14 +102,9 @@ def bulk(
 
 def write_table(run: Run, name: str, table: pa.Table) -> None:
     """Write a Parquet file in one piece: readers see all of it or nothing."""
-    path = run.path(name)
-    run.fs.makedirs(os.path.dirname(path), exist_ok=True)
-    if "://" in run.folder:  # an object store shows a file only when it is whole
-        pq.write_table(table, path.split("://", 1)[1], filesystem=run.fs, row_group_size=UNIT_ROWS)
-        return
-    draft = f"{path}.{os.getpid()}.tmp"
-    pq.write_table(table, draft, row_group_size=UNIT_ROWS)
-    os.replace(draft, path)
+    file = io.BytesIO()
+    pq.write_table(table, file, row_group_size=UNIT_ROWS)
+    run.write(name, file.getvalue())
 
 
 def list_parts(run: Run, folder: str) -> list[str]:
@@ -116,7 +112,6 @@ def list_parts(run: Run, folder: str) -> list[str]:
     base = run.fs._strip_protocol(run.path(folder))
     if not run.fs.isdir(base):
         return []
-    run.fs.invalidate_cache(base)
     return sorted(path[len(base) + 1 :] for path in run.fs.find(base) if path.endswith(".parquet"))
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 import fsspec
 import torch
@@ -48,7 +49,8 @@ class RunOptions:
     seed: int = 0
     """Seed of everything random."""
     tracking_uri: str = ""
-    """MLflow server (http://…) or database (sqlite:///…). Default: mlflow.db beside the run folder."""
+    """MLflow server (http://…) or database (sqlite:///…). Default: $MLFLOW_TRACKING_URI, else mlflow.db beside the run
+    folder (with a run folder on S3: in runs/)."""
     experiment: str = "cae"
     """MLflow experiment."""
     again: bool = False
@@ -84,8 +86,13 @@ class Run:
     """A run folder. `path` names things in it; `run.json` is kept in `state` and written by `save`."""
 
     def __init__(self, folder: str) -> None:
-        self.fs, self.root = fsspec.url_to_fs(folder)
-        self.folder = folder if "://" in folder else self.root
+        try:
+            # No listings are kept: workers write what this process must see.
+            self.fs, root = fsspec.url_to_fs(folder, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"cannot open the run folder {folder}: {error}") from error
+        self.local = "file" in self.fs.protocol
+        self.folder = root if self.local else folder.rstrip("/")
         file = self.path("run.json")
         self.state: dict[str, Any] = {"options": {}, "stages": {}}
         if self.fs.exists(file):
@@ -97,23 +104,22 @@ class Run:
         return "/".join([self.folder, *parts])
 
     def save(self) -> None:
-        """Write run.json in one piece: a reader sees the old one or the new one."""
-        text = json.dumps(self.state, indent=1, default=str)
-        if "://" in self.folder:
-            self.write("run.json", text.encode())
-            return
+        """Write run.json."""
         try:
-            os.makedirs(self.folder, exist_ok=True)
-            draft = Path(self.path("run.json.tmp"))
-            draft.write_text(text)
-            draft.replace(self.path("run.json"))
+            self.write("run.json", json.dumps(self.state, indent=1, default=str).encode())
         except OSError as error:
-            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror}") from error
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror or error}") from error
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a whole file into the run folder."""
-        with fsspec.open(self.path(name), "wb", auto_mkdir=True) as stream:
-            stream.write(data)
+        """Put a whole file into the run folder, in one piece: a reader sees all of it, or what was there before."""
+        path = self.path(name)
+        if not self.local:  # an object store shows a file only when it is whole, and has no folders to make
+            self.fs.pipe_file(path, data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        draft = Path(f"{path}.{os.getpid()}.tmp")
+        draft.write_bytes(data)
+        draft.replace(path)
 
     def result(self, stage: str) -> dict[str, Any]:
         """What a finished stage noted down. Raises UserError when it is not done."""
@@ -170,11 +176,24 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     size = table.get("image_size", 32)
     if size % 4 or size < 32:
         raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")
-    uri = options.tracking_uri
-    if uri.startswith("sqlite:///"):  # workers stand elsewhere
-        uri = "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
     dataset = options.dataset.rstrip("/") or options.dataset
-    return dataclasses.replace(options, run=folder or options.run, tracking_uri=uri, dataset=dataset)
+    folder = folder or options.run
+    return dataclasses.replace(options, run=folder, tracking_uri=_tracking_uri(options, folder), dataset=dataset)
+
+
+def _tracking_uri(options: RunOptions, folder: str) -> str:
+    """Where to track, as workers that stand elsewhere find it; "" for beside the run folder."""
+    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri and "://" in folder:
+        uri = f"sqlite:///{_default_base()}/mlflow.db"
+    if urlsplit(uri).password:
+        raise UserError(
+            "--tracking-uri holds a password, which run.json would show: take it out and set MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD (for a PostgreSQL database: PGPASSWORD)"
+        )
+    if uri.startswith("sqlite:///"):
+        uri = "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
+    return uri
 
 
 def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> None:
@@ -195,6 +214,8 @@ def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> N
 def _user_error(error: BaseException) -> str | None:
     """The one-line reason when an error, or what caused it in a worker, is the user's to mend; else None."""
     mistake = _mistake(error)
+    if _of_s3(mistake):
+        return f"S3: {mistake}"
     if isinstance(mistake, OSError):
         return f"{mistake.strerror}: {mistake.filename or 'the run folder'}"
     if mistake is None:
@@ -209,7 +230,7 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             return error
-        if tracking.failure(error):
+        if tracking.failure(error) or _of_s3(error):
             return error
         # Pillow's, torch's and our own ValueErrors look alike; ours fit one line.
         if isinstance(error, ValueError) and "\n" not in str(error):
@@ -217,6 +238,11 @@ def _mistake(error: BaseException | None) -> BaseException | None:
         failures = getattr(error, "worker_failures", None)
         error = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
     return None
+
+
+def _of_s3(error: BaseException | None) -> bool:
+    """Whether S3 refused, or could not be asked: no credentials, no connection, no such bucket."""
+    return type(error).__module__ == "botocore.exceptions"
 
 
 def _peek(argv: list[str], name: str) -> str | None:

@@ -33,8 +33,7 @@ def store(run: Run, options: RunOptions) -> str:
     """The tracking store: the one asked for, else an SQLite file beside the run folder."""
     if options.tracking_uri:
         return options.tracking_uri
-    base = "." if "://" in run.folder else str(Path(run.folder).parent)
-    return f"sqlite:///{os.path.abspath(base)}/mlflow.db"
+    return f"sqlite:///{Path(run.folder).parent}/mlflow.db"
 
 
 def failure(error: BaseException) -> str | None:
@@ -54,6 +53,8 @@ def _track_at(uri: str) -> None:
 def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any]) -> Iterator[None]:
     """Inside, MLflow's active run is the stage's, nested in the run folder's own; both have the parameters."""
     uri = store(run, options)
+    if uri.startswith("sqlite:///"):
+        os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")), exist_ok=True)
     _track_at(uri)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(options.experiment)
