@@ -1,7 +1,7 @@
 """Explaining images one path at a time (Section III-E): path of class codes -> frames -> map and status.
 
-Legend: B images, K path steps, D numbers in the class code, C classes, H height, W width. Pure and batched; all
-tensors stay on the images' device.
+Legend: B images, K path steps, N waypoints, D numbers in the class code, C classes, H height, W width. Pure and
+batched; all tensors stay on the images' device.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cae.classifiers import BlackBox
 from cae.images import blur
 from cae.networks import CAE
 
-Mode = Literal["integrated", "path", "contrast", "input"]
-# Steps of the path, and of the bisection after it. `integrated` gains nothing from more (benchmarks/README.md).
-SEARCH: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "path": (8, 4), "contrast": (8, 4), "input": (8, 4)}
+Mode = Literal["integrated", "patch", "path", "contrast", "input"]
+# Steps of the path, and of the bisection after it. Modes that need no more on a straight path are named apart:
+# `integrated` gains nothing from it (benchmarks/README.md), and `patch` looks at the path's two ends only.
+SEARCH = (8, 4)
+SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "patch": (1, 0)}
 TINY = 1e-30
 PIXELS_AT_ONCE = 512 * 64 * 64  # decoded together; bounds memory whatever the images' size
 
@@ -57,35 +60,55 @@ def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
     return cae.decode(class_code, individual_code), cae.decode(cae.encode(donors)[0], individual_code)
 
 
-@torch.no_grad()
-def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, counter_code: Tensor, *,
-            mode: Mode = "integrated", smooth: float = 0.025, steps: int | None = None, refine: int | None = None,
-            margin: float = 0.0) -> Explanation:  # fmt: skip
-    """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards `counter_code` (B, D) of class `target` (B,).
+def along(corners: Tensor, t: Tensor) -> Tensor:
+    """Class codes (B, D) at shares t (B,) of the way, by its length, along polylines with `corners` (B, N + 1, D)."""
+    length = corners.diff(dim=1).norm(dim=2).cumsum(1)  # (B, N): from the start to each corner after it
+    knots = F.pad(length / length[:, -1:].clamp(min=TINY), (1, 0))  # (B, N + 1), from 0 to 1: two corners, no rounding
+    t = t.to(knots)
+    rows, segment = torch.arange(len(t), device=t.device), (knots[:, 1:-1] <= t[:, None]).sum(1)
+    low, high = knots[rows, segment], knots[rows, segment + 1]
+    share = torch.where(low == high, 0, (t - low) / (high - low))
+    return torch.lerp(corners[rows, segment], corners[rows, segment + 1], share[:, None])
 
-    The path is linear in the class code with `steps` steps, the reconstruction at its start. Its end is the first
-    frame whose class for b is the target, ahead of every other class by `margin` in probability, found to
-    1 / (steps * 2^refine) of the way by bisection; both as the mode needs (`SEARCH`) where not given. Maps:
+
+@torch.no_grad()
+def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor, *,
+            mode: Mode = "integrated", smooth: float = 0.025, steps: int | None = None, refine: int | None = None,
+            margin: float = 0.0, window: float = 0.125, codes: tuple[Tensor, Tensor] | None = None,
+            ) -> Explanation:  # fmt: skip
+    """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards counter codes of class `target` (B,).
+
+    The path goes from the image's class code by `waypoints` (B, N, D), the last of which is the counter code, or, if
+    they are (B, D), straight to it. It is walked at constant speed in `steps` steps, the reconstruction at its start.
+    Its end is the first frame whose class for b is the target, ahead of every other class by `margin` in probability,
+    found to 1 / (steps * 2^refine) of the way by bisection; both as the mode needs where not given: 8 and 4, and for
+    `integrated` and `patch` on a straight way 1 and 0. `codes`, as `cae.encode` gives them, save encoding x. Maps:
 
     - `integrated`: the path's changes made to the image itself, weighted by b's gradient; see `_integrated`;
+    - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_patch`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
     - `contrast`: mean over channels of |end - reconstruction|;
     - `input`: that of |end - x|, which mixes in the reconstruction's error (what the authors' script does).
 
     `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none.
+    `window`, in (0, 1], is the side of the windows of `patch` as a share of the image's shorter side.
     """
-    steps = SEARCH[mode][0] if steps is None else steps
-    refine = SEARCH[mode][1] if refine is None else refine
+    if not 0 < window <= 1:
+        raise ValueError(f"window {window}: give a share of the image's side, above 0 and at most 1")
+    class_code, individual_code = cae.encode(x) if codes is None else codes
+    corners = torch.cat([class_code[:, None], waypoints[:, None] if waypoints.ndim == 2 else waypoints], 1)
+    needed = SEARCH_STRAIGHT.get(mode, SEARCH) if corners.shape[1] == 2 else SEARCH
+    steps = needed[0] if steps is None else steps
+    refine = needed[1] if refine is None else refine
     batch, size = len(x), x.shape[-2:]
-    class_code, individual_code = cae.encode(x)
     rows = torch.arange(batch, device=x.device)
     at_once = max(1, PIXELS_AT_ONCE // size.numel())
 
     def look(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (n, 3, H, W) of some images (n,) at shares t (n,) of the way, and b's probabilities (n, C)."""
-        codes = torch.lerp(class_code[images], counter_code[images], t[:, None].to(class_code))
-        frames = [cae.decode(codes[i], individual_code[images[i]]) for i in rows[: len(images)].split(at_once)]
+        code = along(corners[images], t)
+        frames = [cae.decode(code[i], individual_code[images[i]]) for i in rows[: len(images)].split(at_once)]
         return torch.cat(frames), torch.cat([blackbox.probabilities(frame) for frame in frames])
 
     def lead(images: Tensor, p: Tensor) -> Tensor:
@@ -131,15 +154,22 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     weight = p_target.diff(dim=1).clamp(min=0)  # (B, K)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     if mode == "integrated":
-        heat = _integrated(blackbox, x, walked, first, source, target, at_once).clamp(min=0)
+        heat = _integrated(blackbox, x, walked, first, source, target, at_once)
+    elif mode == "patch":
+        pixels = max(1, round(window * min(size)))
+        heat = _patch(blackbox, x, end - walked[:, 0], source, target, pixels, at_once)
     elif mode == "path":
         heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:
         heat = (end - (walked[:, 0] if mode == "contrast" else x)).abs().mean(1)
     if smooth:
         heat = blur(heat, smooth)
+    # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
+    # where the images differ, whatever the classifier.
+    heat = heat.clamp(min=0)
 
-    finite = p_walked.isfinite().flatten(1).all(1) & heat.isfinite().flatten(1).all(1)
+    signed = (end - walked[:, 0]).mean(1)
+    finite = torch.stack([part.isfinite().flatten(1).all(1) for part in (p_walked, heat, signed)]).all(0)
     wrong = p_walked[:, 0].argmax(1) != source
     status = [
         "failed" if not fine else "reconstruction_flipped" if astray else "flipped" if flip else "unflipped"
@@ -147,10 +177,40 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     ]
     assert heat.shape == (batch, *size)
     return Explanation(
-        status=status, map=heat, signed=(end - walked[:, 0]).mean(1), flip_at=flip_at,
+        status=status, map=heat, signed=signed, flip_at=flip_at,
         p_source=torch.stack([p_walked[rows, 0, source], p_end[rows, source]], 1),
         p_target=torch.stack([p_target[:, 0], p_target[:, -1]], 1),
         reconstruction_error=(walked[:, 0] - x).abs().mean((1, 2, 3)), frames=walked, frame_p=p_target,
+    )  # fmt: skip
+
+
+def over_donors(found: Explanation, counts: list[int]) -> Explanation:
+    """Explanations of B images towards several counter codes each, `counts` (B,) of them in turn, as one an image.
+
+    Maps and numbers are means over an image's counter codes, those that failed left out unless all did (`flip_at` is 1
+    where one never flipped). The status is `flipped` if at least half of them flipped, else that of the others. Frames
+    are those of the first one: a mean of images shows none of them.
+    """
+    if all(count == 1 for count in counts):
+        return found
+    used, begin = [], 0
+    for count in counts:
+        mine = list(range(begin, begin + count))
+        used.append([k for k in mine if found.status[k] != "failed"] or mine)
+        begin += count
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.stack([values[mine].mean(0) for mine in used])
+
+    status = []
+    for mine in used:
+        others = [found.status[k] for k in mine if found.status[k] != "flipped"]
+        status.append("flipped" if 2 * len(others) <= len(mine) else others[0])
+    first = [mine[0] for mine in used]
+    return Explanation(
+        status=status, map=mean(found.map), signed=mean(found.signed), flip_at=mean(found.flip_at),
+        p_source=mean(found.p_source), p_target=mean(found.p_target),
+        reconstruction_error=mean(found.reconstruction_error), frames=found.frames[first], frame_p=found.frame_p[first],
     )  # fmt: skip
 
 
@@ -171,8 +231,52 @@ def _integrated(blackbox: BlackBox, x: Tensor, walked: Tensor, first: Tensor, so
         before, after = walked[image, step], walked[image, step + 1]
         point = x[image] + (before + after) / 2 - walked[image, 0]
         with torch.enable_grad():
-            logits = blackbox(point.requires_grad_())
-            wanted = logits.gather(1, target[image, None]) - logits.gather(1, source[image, None])
+            wanted = _logit_lead(blackbox, point.requires_grad_(), source[image], target[image])
             (gradient,) = torch.autograd.grad(wanted.sum(), point)
         heat.index_add_(0, image, (gradient * (after - before)).sum(1))
     return heat
+
+
+def _patch(blackbox: BlackBox, x: Tensor, change: Tensor, source: Tensor, target: Tensor, window: int,
+           at_once: int) -> Tensor:  # fmt: skip
+    """What a square window of the path's change does to b in the image, and when it is undone; signed, (B, H, W).
+
+    With f b's target minus source logit, d the `change` (B, 3, H, W) from the reconstruction to the path's end, and m
+    the mask of a window of `window` pixels a side: the mean of f(x + m d) - f(x) and f(x + d) - f(x + d - m d), over
+    the window's area. A pixel has the mean over the windows that cover it, which stand half a window apart, those at
+    the right and lower border as far in as needed. So both maps, this and `_integrated`, are logits a pixel; for a
+    linear f this one is the other averaged over windows. The logit and not the probability, which hardly moves by any
+    window of an image that b is sure of, though that is where most images are; it takes the outputs only, for a
+    softmax's log odds are that difference.
+    """
+    number, _, height, width = x.shape
+
+    def masks(size: int) -> Tensor:
+        """Which of the rows (or columns) each window covers: bool (windows, size)."""
+        begins = torch.tensor([*range(0, size - window, max(1, window // 2)), size - window], device=x.device)[:, None]
+        place = torch.arange(size, device=x.device)
+        return (begins <= place) & (place < begins + window)
+
+    down, across = masks(height), masks(width)
+    changed = x + change
+    lead, lead_changed = (
+        torch.cat([_logit_lead(blackbox, images[i], source[i], target[i]) for i in torch.arange(number).split(at_once)])
+        for images in (x, changed)
+    )
+    effects = []
+    for chunk in torch.arange(number * len(down) * len(across), device=x.device).split(max(1, at_once // 2)):
+        image, place = chunk // (len(down) * len(across)), chunk % (len(down) * len(across))
+        mask = (down[place // len(across), :, None] & across[place % len(across), None, :])[:, None]  # (n, 1, H, W)
+        put_in, taken_out = torch.where(mask, changed[image], x[image]), torch.where(mask, x[image], changed[image])
+        both = image.repeat(2)
+        asked = _logit_lead(blackbox, torch.cat([put_in, taken_out]), source[both], target[both])
+        effects.append((asked[: len(image)] - lead[image] + lead_changed[image] - asked[len(image) :]) / 2)
+    effect = torch.cat(effects).view(number, len(down), len(across)) / window**2
+    rows, cols = down.to(effect), across.to(effect)
+    return rows.T @ effect @ cols / torch.outer(rows.sum(0), cols.sum(0))
+
+
+def _logit_lead(blackbox: BlackBox, images: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """By how much b's logit of the target (B,) exceeds that of the source (B,), for images (B, 3, H, W): (B,)."""
+    logits = blackbox(images)
+    return (logits.gather(1, target[:, None]) - logits.gather(1, source[:, None]))[:, 0]

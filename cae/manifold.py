@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
 TSNE_POINTS = 4000  # t-SNE's cost grows faster than the number of points
+NEIGHBOURS = 10  # of each code in the graph that guided paths run along
+WAYPOINTS = 16  # of a guided path
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +63,15 @@ def medoids(codes: np.ndarray, classes: np.ndarray, count: int = 1) -> dict[int,
 
 
 class TrainingCodes:
-    """Training codes (M, D), to say how far other codes are from them."""
+    """Training codes (M, D): how far other codes are from them, and paths that stay among them.
+
+    Memory grows with M, and so does the time of a path: thousands are enough.
+    """
 
     def __init__(self, codes: np.ndarray) -> None:
         from sklearn.neighbors import NearestNeighbors
 
+        self._codes = codes
         self._nearest = NearestNeighbors(n_neighbors=2).fit(codes)
         self._typical = max(float(np.median(self._nearest.kneighbors(codes)[0][:, 1])), 1e-12)
 
@@ -68,9 +79,85 @@ class TrainingCodes:
         """Distance (N,) of codes (N, D) to the nearest training code, over the typical nearest one among those.
 
         About 1: as close as training codes are to each other; much more: an image unlike those that the CAE learned
-        from. A training code itself has distance 0, so the number says something of new images only.
+        from. A training code itself has distance 0, so the number says something of new images only. NaN for a code
+        that is not finite.
         """
-        return self._nearest.kneighbors(codes, 1)[0][:, 0] / self._typical
+        distance = np.full(len(codes), np.nan)
+        finite = np.isfinite(codes).all(1)
+        if finite.any():
+            distance[finite] = self._nearest.kneighbors(codes[finite], 1)[0][:, 0] / self._typical
+        return distance
+
+    def guided(self, starts: np.ndarray, ends: np.ndarray, waypoints: int = WAYPOINTS) -> np.ndarray:
+        """Waypoints (N, waypoints, D) of the shortest paths from codes `starts` to `ends` (N, D) by way of these.
+
+        A path runs along the edges of the graph that joins every training code to its `NEIGHBOURS` nearest; its start
+        and end are joined to theirs. The waypoints divide it into equal lengths, the last is the end. So it goes where
+        images are, and only as far into the empty as a straight way between neighbours does. Paths from or to codes
+        that are not finite are NaN.
+        """
+        from scipy.sparse import block_array, csr_array
+        from scipy.sparse.csgraph import dijkstra
+
+        found = np.full((len(starts), waypoints, starts.shape[1]), np.nan)
+        fine = np.flatnonzero(np.isfinite(starts).all(1) & np.isfinite(ends).all(1))
+        if not len(fine):
+            return found
+        targets, which = np.unique(ends[fine], axis=0, return_inverse=True)
+        # Edges lead from the ends to training codes, among those, and from those to the starts: a search from the ends
+        # passes no other start or end, so that a path depends on its own only.
+        into, out = self._edges(starts[fine]).T, self._edges(targets)
+        size, first = len(self._codes), len(self._codes) + len(fine)  # nodes: training codes, starts from `size`, ends
+        shut = csr_array((len(fine), len(fine))), csr_array((len(targets), len(targets)))
+        graph = block_array([[self._graph, into, None], [None, shut[0], None], [out, None, shut[1]]], format="csr")
+        _, before = dijkstra(graph, indices=first + np.arange(len(targets)), return_predecessors=True)
+        points = np.concatenate([self._codes, starts[fine], targets])
+        for i, (row, end) in enumerate(zip(fine, which, strict=True)):
+            nodes = [size + i]
+            while nodes[-1] != first + end:
+                nodes.append(before[end, nodes[-1]])
+            found[row] = _evenly(points[nodes], waypoints)
+        return found
+
+    @cached_property
+    def _graph(self) -> csr_array:
+        """Lengths (M, M) of the edges between training codes, both ways; all codes can be reached."""
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import connected_components
+        from sklearn.neighbors import NearestNeighbors
+
+        graph = self._edges()
+        graph = graph.maximum(graph.T)
+        # Boruvka's algorithm: each part by its shortest edge to another one, until there is one part.
+        while (found := connected_components(graph, directed=False))[0] > 1:
+            bridges = []
+            for part in range(found[0]):
+                inside, outside = np.flatnonzero(found[1] == part), np.flatnonzero(found[1] != part)
+                length, nearest = (
+                    NearestNeighbors(n_neighbors=1).fit(self._codes[outside]).kneighbors(self._codes[inside])
+                )
+                best = int(length.argmin())
+                bridges.append((length[best, 0], inside[best], outside[nearest[best, 0]]))
+            lengths, here, there = zip(*bridges, strict=True)
+            added = csr_array((lengths, (here, there)), shape=graph.shape)
+            graph = graph.maximum(added.maximum(added.T))
+        return graph
+
+    def _edges(self, codes: np.ndarray | None = None) -> csr_array:
+        """Lengths (N, M) of the edges from codes (N, D), or from the training codes themselves, to their nearest."""
+        from scipy.sparse import csr_array
+
+        others = len(self._codes) - (codes is None)
+        edges = csr_array(self._nearest.kneighbors_graph(codes, min(NEIGHBOURS, others), mode="distance"))
+        edges.data = edges.data.clip(min=1e-9 * self._typical)  # an entry of 0 is no edge
+        return edges
+
+
+def _evenly(points: np.ndarray, count: int) -> np.ndarray:
+    """The `count` points (count, D) that divide the polyline through points (n, D) into equal lengths, its end last."""
+    reached = np.concatenate([[0], np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum()])
+    at = np.linspace(0, reached[-1], count + 1)[1:]
+    return np.stack([np.interp(at, reached, column) for column in points.T], 1)
 
 
 def smote_codes(

@@ -79,15 +79,40 @@ class ResidualBlock(nn.Module):
         return x + self.body(x)
 
 
+class StridedBlock(nn.Module):
+    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))): (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, stride, 1, padding_mode="reflect"), nn.GroupNorm(8, c_out), nn.ReLU(),
+            conv(c_out, c_out, 3), nn.GroupNorm(8, c_out),
+        )  # fmt: skip
+        self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride), nn.GroupNorm(8, c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.shortcut(x) + self.body(x))
+
+
 class ClassEncoder(nn.Module):
-    """E_c: image -> class code (B, D). No norm, so that brightness and contrast of a feature can be class features."""
+    """E_c: image -> class code (B, D).
+
+    `plain` has no norm, so that brightness and contrast of a feature can be class features; the groups of channels of
+    `residual` leave it the contrasts between the channels of a group.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
-        self.features = nn.Sequential(
-            stem(config, NoNorm), conv(width, width, 4, 2), nn.ReLU(), conv(width, width, 4, 2), nn.ReLU()
-        )
+        if config.class_encoder == "plain":
+            layers = [conv(width, width, 4, 2), nn.ReLU(), conv(width, width, 4, 2), nn.ReLU()]
+        else:
+            layers = [
+                StridedBlock(width, width, 1),
+                StridedBlock(width, 2 * width, 2),
+                StridedBlock(2 * width, width, 2),
+            ]
+        self.features = nn.Sequential(stem(config, NoNorm), *layers)
         self.to_code = nn.Conv2d(width, config.class_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,12 +40,16 @@ class ExplainOptions(EmbedOptions):
     (images of that class are then left out)."""
     mode: Mode = "integrated"
     """How a path becomes a map: `integrated` (the path's changes made to the image itself, weighted by the classifier's
-    gradient), `path` (the paper's: frame differences weighted by the rise of the target's probability),
+    gradient), `patch` (the same with queries only: what each window of the changes does to the classifier in the image,
+    and when it is undone), `path` (the paper's: frame differences weighted by the rise of the target's probability),
     `contrast` (end against reconstruction) or `input` (end against image)."""
+    window: float = 0.125
+    """Side of the windows of mode `patch`, as a share of the image's; they stand half of it apart. 0.125 takes 452
+    queries an image, 0.25 takes 100."""
     smooth: float = 0.025
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
     steps: int = 0
-    """Steps of the path; 0: as the mode needs, 1 for `integrated` and 8, then bisection, for the others."""
+    """Steps of the path; 0: as the mode needs, 1 for `integrated` and `patch`, else 8, then bisection."""
     margin: float = 0.0
     """How far, in probability, the target must be ahead of every other class to end the path."""
     frames: bool = False
@@ -65,6 +69,8 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     for wanted in options.splits:
         if wanted not in held and wanted not in DEFAULT_SPLITS:
             raise UserError(f"--splits {wanted}: there is none, only {', '.join(sorted(held))}")
+    if not 0 < options.window <= 1:
+        raise UserError(f"--window {options.window}: give a share of the image's side, above 0 and at most 1")
     units = shard_units(run, options.splits)
     if not units:
         raise UserError(f"no images in the splits {', '.join(options.splits)}: choose others with --splits")
@@ -98,7 +104,8 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
 
 def path_options(options: ExplainOptions) -> dict[str, Any]:
     """What `cae.explain.explain` takes of the options."""
-    return {"mode": options.mode, "smooth": options.smooth, "steps": options.steps or None, "margin": options.margin}
+    return {"mode": options.mode, "smooth": options.smooth, "steps": options.steps or None, "margin": options.margin,
+            "window": options.window}  # fmt: skip
 
 
 def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
@@ -225,7 +232,7 @@ def _schema(size: int) -> pa.Schema:
     })  # fmt: skip
 
 
-OWN = ("splits", "targets", "mode", "smooth", "steps", "margin", "frames", "overlays")
+OWN = ("splits", "targets", "mode", "window", "smooth", "steps", "margin", "frames", "overlays")
 
 
 def main(options: ExplainOptions) -> dict[str, Any]:

@@ -26,6 +26,8 @@ READ_ME = {
 MAP_SHOWS = {
     "integrated": "makes the same changes to the image itself and shows which of them move the classifier towards the "
     "target class, by its gradient",
+    "patch": "makes the same changes to the image itself, a window at a time, and undoes them again, and shows which "
+    "of them move the classifier towards the target class",
     "path": "shows what changed, weighted by how much it raised the target's probability",
     "contrast": "is the difference of the path's two ends",
     "input": "is the difference of the path's end and the image, the reconstruction's error included",

@@ -1,87 +1,36 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import cast, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from worlds import (
+    BLOBS,
+    BROKEN,
+    SIDE,
+    TOY,
+    B,
+    ToyCAE,
+    ToyNet,
+    assert_same,
+    blob_means,
+    crooked_world,
+    crossing,
+    explain,
+    image,
+    paint,
+    run,
+)
 
 import cae.explain
 from cae.classifiers import BlackBox
-from cae.config import ModelConfig
-from cae.explain import Explanation, swap
+from cae.explain import Mode, along, over_donors, swap
 from cae.networks import CAE
 
 torch.set_num_threads(1)
-# The paper's map unless a test says otherwise.
-explain = partial(cae.explain.explain, mode="path", smooth=0.0)
-
-# A world whose truth is known. An image is a texture with two blobs, and its class code says how bright they are; b
-# looks at nothing but the blobs' means. Class 0: neither is bright, 1: the first is, 2: the second is.
-SIDE = 16
-BLOBS = torch.zeros(2, SIDE, SIDE)
-BLOBS[0, 2:7, 3:8] = 1
-BLOBS[1, 10:14, 9:15] = 1
-GAIN, THRESHOLD = 20.0, 0.3
-FLAW = 0.03  # what the toy decoder adds to one corner, far from the blobs: the reconstruction's only error
-BROKEN = 0.875  # b gives NaN for images whose last pixel has this value
-
-
-def blob_means(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 2)."""
-    return (x[:, None] * BLOBS[:, None]).sum((2, 3, 4)) / (3 * BLOBS.sum((1, 2)))
-
-
-def paint(brightness: Tensor) -> Tensor:
-    """(B, 2) -> (B, 3, H, W)."""
-    return torch.einsum("bk,khw->bhw", brightness, BLOBS)[:, None].expand(-1, 3, -1, -1)
-
-
-class ToyCAE(nn.Module):
-    """Encodes and decodes exactly, up to the flaw."""
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        means = blob_means(x)
-        return means, x - paint(means)
-
-    def decode(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
-        image = individual_code + paint(class_code)
-        image[:, :, 0, -1] += FLAW
-        return image
-
-
-class ToyNet(nn.Module):
-    """Logits: 0, and for each blob how far it is above the threshold."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        means = blob_means(x)
-        logits = torch.cat([torch.zeros(len(x), 1), GAIN * (means - THRESHOLD)], 1)
-        return torch.where(x[:, :1, -1, -1] == BROKEN, torch.nan, logits)
-
-
-TOY = cast(CAE, ToyCAE())
-B = BlackBox(ToyNet(), ("neither", "first", "second"))
-
-
-def image(first: float, second: float = -0.5, seed: int = 0) -> Tensor:
-    """One image (1, 3, H, W) whose blobs have these means."""
-    texture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 0.2 - 0.1
-    return texture - paint(blob_means(texture)) + paint(torch.tensor([[first, second]]))
-
-
-def run(x: Tensor, source: list[int], target: list[int], codes: list[list[float]], **options: object) -> Explanation:
-    return explain(
-        TOY, B, x, torch.tensor(source), torch.tensor(target), torch.tensor(codes), **options  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def crossing(start: float, end: float, margin: float = 0.0) -> float:
-    """Share of the way at which class 1 leads class 0 by `margin`: sigmoid(z) - sigmoid(-z) = tanh(z / 2)."""
-    z = 2 * math.atanh(margin)
-    return (THRESHOLD + z / GAIN - start) / (end - start)
 
 
 def test_the_toy_is_what_it_says() -> None:
@@ -123,50 +72,6 @@ def test_flip_is_found_where_it_is(steps: int, refine: int, margin: float) -> No
         assert place == pytest.approx(round(place), abs=1e-2) and truth / resolution - 1e-3 <= place
         assert place <= truth / resolution + 1 + 1e-3
         assert found.p_target[k, 1] - found.p_source[k, 1] > margin - 1e-6
-
-
-def test_map_lies_on_the_blob_exactly() -> None:
-    start, end = -0.4, 0.7
-    x = image(start)
-    on = BLOBS[0].bool()
-    for mode in ("path", "contrast", "input"):
-        found = run(x, [0], [1], [[end, -0.5]], mode=mode, steps=6)
-        share = (blob_means(found.frames[0, -1:])[0, 0].item() - start) / (end - start)
-        assert found.flip_at.item() <= share <= found.flip_at.item() + 1 / (6 * 2**4)
-        heat = found.map[0]
-        assert heat.shape == (SIDE, SIDE)
-        clean = on.clone()
-        clean[0, -1] = True  # where the toy's reconstruction is wrong
-        assert (heat[~clean] < 1e-6).all() and (heat[on] > 0.01).all()
-        flaw = FLAW if mode == "input" else 0
-        assert heat[0, -1].item() == pytest.approx(flaw, abs=1e-6)
-        if mode != "path":
-            assert torch.allclose(heat[on], torch.tensor(share * (end - start)), atol=1e-5)
-        assert torch.allclose(found.signed[0], BLOBS[0] * share * (end - start), atol=1e-5)
-        assert found.reconstruction_error.item() == pytest.approx(FLAW / SIDE**2, rel=1e-3)
-
-    # Frames differ by one step's worth of brightness, the last by what bisection left of it.
-    found = run(x, [0], [1], [[end, -0.5]], steps=6)
-    share = (blob_means(found.frames[0, -1:])[0, 0].item() - start) / (end - start)
-    shares = [k / 6 for k in range(7) if k / 6 < share - 1e-6] + [share]
-    p = [1 / (1 + math.exp(-GAIN * (start + t * (end - start) - THRESHOLD))) for t in shares]
-    rises = [after - before for before, after in pairwise(p)]
-    changes = [(after - before) * (end - start) for before, after in pairwise(shares)]
-    expected = sum(rise * change for rise, change in zip(rises, changes, strict=True)) / sum(rises)
-    assert torch.allclose(found.map[0][on], torch.tensor(expected), atol=1e-5)
-
-
-def test_signed_map_tells_what_appears_from_what_vanishes() -> None:
-    x = torch.cat([image(-0.2), image(0.8), image(0.8, -0.4)])
-    found = run(x, [0, 1, 1], [1, 0, 2], [[0.9, -0.5], [-0.3, -0.5], [-0.3, 0.9]], steps=5)
-    assert found.status == ["flipped"] * 3
-    first, second = BLOBS.bool()
-    assert (found.signed[0][first] > 0.1).all() and found.signed[0][~first].abs().max() < 1e-6
-    assert (found.signed[1][first] < -0.1).all() and found.signed[1][~first].abs().max() < 1e-6
-    assert (found.signed[2][first] < -0.1).all() and (found.signed[2][second] > 0.1).all()
-    assert (found.map >= 0).all()
-    both = first | second
-    assert (found.map[2][both] > 0.01).all() and found.map[2][~both].abs().max() < 1e-6
 
 
 def test_probabilities_of_source_and_target_at_both_ends() -> None:
@@ -223,7 +128,7 @@ def test_values_that_are_not_finite_fail_alone() -> None:
     x[1, :, -1, -1] = BROKEN  # b answers NaN
     x[2, 0, 4, 4] = torch.nan
     codes = [[0.9, -0.5], [0.9, -0.5], [0.9, -0.5], [math.nan, -0.5]]
-    for mode in ("path", "contrast", "input"):
+    for mode in get_args(Mode):
         found = run(x, [0] * 4, [1] * 4, codes, mode=mode)
         assert found.status == ["flipped", "failed", "failed", "failed"]
         alone = run(x[:1], [0], [1], codes[:1], mode=mode)
@@ -241,7 +146,7 @@ def test_frames_that_are_not_finite_fail_though_b_overlooks_it() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.nan_to_num())
 
-    for mode in ("path", "contrast", "input"):
+    for mode in get_args(Mode):
         found = explain(
             cast(CAE, Holed()), BlackBox(Overlooks(), B.classes), image(-0.2), torch.tensor([0]), torch.tensor([1]),
             torch.tensor([[0.9, -0.5]]), mode=mode,
@@ -260,33 +165,6 @@ def test_mixed_batch_equals_one_by_one() -> None:
     for k in range(5):
         alone = run(x[k : k + 1], source[k : k + 1], target[k : k + 1], codes[k : k + 1], steps=5, margin=0.1)
         assert_same(alone, together, k)
-
-
-def assert_same(alone: Explanation, together: Explanation, k: int, tolerance: float = 1e-5) -> None:
-    """Image 0 of `alone` is image k of `together`."""
-    assert alone.status[0] == together.status[k]
-    for name in ("map", "signed", "flip_at", "p_source", "p_target", "reconstruction_error", "frames", "frame_p"):
-        one, other = getattr(alone, name)[0], getattr(together, name)[k]
-        assert torch.allclose(one, other, atol=tolerance, equal_nan=True), name
-
-
-# The same definitions, slowly, on a network and a classifier with nothing linear about them.
-
-
-def crooked_world() -> tuple[CAE, BlackBox, Tensor, Tensor]:
-    """A random small CAE, a random classifier of four classes whose answer changes often, images and counter codes."""
-    torch.manual_seed(3)
-    config = ModelConfig(
-        image_size=32, stem="unshuffle", width=8, blocks=1, mlp_width=16, up_kernel=3, out_kernel=3, class_dim=4
-    )
-    net = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 49, 16), nn.Tanh())
-    head = nn.Linear(16, 4)
-    nn.init.normal_(net[3].weight, 0, 1.5)  # type: ignore[arg-type]
-    nn.init.normal_(head.weight, 0, 1.5)
-    images, codes = torch.rand(24, 3, 32, 32) * 2 - 1, torch.randn(24, 4) * 3
-    # In double precision: the crooked classifier makes much of rounding, which batches of other sizes do otherwise.
-    network, blackbox = CAE(config).eval().double(), BlackBox(nn.Sequential(net, head), tuple("abcd")).eval().double()
-    return network, blackbox, images.double(), codes.double()
 
 
 @torch.no_grad()
@@ -405,6 +283,111 @@ def test_explaining_changes_no_input_and_keeps_no_gradient() -> None:
     assert not source.any() and not found.map.requires_grad and not found.frames.requires_grad
 
 
+def slow_along(corners: Tensor, t: float) -> Tensor:
+    """The place on a polyline with corners (N + 1, D) after the share t of its length, leg by leg."""
+    legs = [float((b - a).norm()) for a, b in pairwise(corners)]
+    left = t * sum(legs)
+    for (a, b), leg in zip(pairwise(corners), legs, strict=True):
+        if left <= leg and leg > 0:
+            return a + (b - a) * left / leg
+        left -= leg
+    return corners[-1]
+
+
+def test_along_a_polyline_against_slow() -> None:
+    torch.manual_seed(0)
+    corners = torch.randn(6, 5, 4, dtype=torch.float64)
+    corners[1, 2] = corners[1, 1]  # a leg without length, first, in the middle and last, and nothing but such
+    corners[2, 1] = corners[2, 0]
+    corners[3, 4] = corners[3, 3]
+    corners[4] = corners[4, :1]
+    for t in (0, 0.1, 0.25, 0.5, 0.77, 1):
+        found = along(corners, torch.full((6,), t))
+        expected = torch.stack([slow_along(way, t) for way in corners])
+        assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.equal(along(corners, torch.zeros(6)), corners[:, 0])
+    assert torch.equal(along(corners, torch.ones(6)), corners[:, -1])
+    # Each corner is met exactly where the way's length says.
+    lengths = corners.diff(dim=1).norm(dim=2).cumsum(1)[0]
+    for k in range(4):
+        assert torch.allclose(along(corners[:1], (lengths[k] / lengths[-1])[None]), corners[:1, k + 1])
+
+
+def test_one_waypoint_is_the_straight_way_bit_for_bit() -> None:
+    network, blackbox, x, codes = crooked_world()
+    network, blackbox, x, codes = network.float(), blackbox.float(), x.float(), codes.float()
+    start, t = network.encode(x)[0].detach(), torch.rand(24)
+    assert torch.equal(along(torch.stack([start, codes], 1), t), torch.lerp(start, codes, t[:, None]))
+    source, target = torch.zeros(24).long(), torch.ones(24).long()
+    plain = explain(network, blackbox, x, source, target, codes)
+    listed = explain(network, blackbox, x, source, target, codes[:, None])
+    assert plain.status == listed.status and torch.equal(plain.map, listed.map)
+    assert torch.equal(plain.frames, listed.frames) and torch.equal(plain.flip_at, listed.flip_at)
+
+
+def test_a_bent_way_is_walked_by_its_waypoints() -> None:
+    """The second blob lights up, from -0.5 to 0.1, then the first one, from -0.2 to 0.7: lengths 0.6 and 0.9."""
+    x = image(-0.2)
+    found = run(x, [0], [1], [[[-0.2, 0.1], [0.7, 0.1]]], steps=15, refine=9)
+    assert found.status == ["flipped"]
+    assert found.flip_at.item() == pytest.approx((0.6 + crossing(-0.2, 0.7) * 0.9) / 1.5, abs=1e-3)
+    means = blob_means(found.frames[0])
+    for k in range(11):  # until the flip, a step is 0.1 long
+        expected = [-0.2, -0.5 + k / 10] if k <= 6 else [-0.2 + (k - 6) / 10, 0.1]
+        assert torch.allclose(means[k], torch.tensor(expected), atol=1e-5)
+    # What the path did to the second blob on its way is in the map: not so if it went straight there.
+    second = BLOBS[1].bool()
+    straight = run(image(-0.2, 0.1), [0], [1], [[0.7, 0.1]], mode="contrast")
+    bent = run(x, [0], [1], [[[-0.2, 0.1], [0.7, 0.1]]], mode="contrast")
+    assert bent.map[0][second].min() > 0.5 and straight.map[0][second].max() < 1e-5
+    # Another waypoint may flip b by itself, before the counter code, which never would.
+    found = run(x, [0], [1], [[[0.7, -0.5], [-0.2, -0.5]]], steps=8)
+    assert found.status == ["flipped"] and found.flip_at.item() < 0.5
+
+
+def test_waypoints_that_are_not_finite_fail_wherever_they_stand() -> None:
+    ways = torch.tensor([[-0.2, 0.1], [0.3, 0.1], [0.7, 0.1]]).repeat(4, 1, 1)
+    for k in range(3):
+        ways[k, k, 0] = math.nan
+    for mode in get_args(Mode):
+        found = explain(TOY, B, image(-0.2).expand(4, -1, -1, -1), torch.zeros(4).long(), torch.ones(4).long(), ways,
+                        mode=mode)  # fmt: skip
+        assert found.status == ["failed"] * 3 + ["flipped"]
+
+
+def test_codes_that_are_known_are_not_computed_again() -> None:
+    class Blind(ToyCAE):
+        def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            raise AssertionError("encoded")
+
+    x, source, target, counter = image(-0.2), torch.tensor([0]), torch.tensor([1]), torch.tensor([[0.9, -0.5]])
+    found = explain(cast(CAE, Blind()), B, x, source, target, counter, codes=TOY.encode(x))
+    assert_same(found, explain(TOY, B, x, source, target, counter), 0, tolerance=0)
+
+
+def test_several_donors_make_one_explanation() -> None:
+    x = image(-0.2).expand(7, -1, -1, -1).clone()
+    x[5:] = image(0.1, seed=1)
+    codes = [[0.9, -0.5], [0.6, 0.1], [math.nan, 0], [0.2, -0.5], [0.2, 0.0], [0.9, -0.5], [0.2, -0.5]]
+    each = run(x, [0] * 7, [1] * 7, codes)
+    flips = ["flipped", "flipped", "failed", "unflipped", "unflipped", "flipped", "unflipped"]
+    assert each.status == flips
+
+    found = over_donors(each, [5, 2])
+    assert found.status == ["flipped", "flipped"]  # 2 of 4, the failed one aside, and 1 of 2
+    for name in ("map", "signed", "flip_at", "p_source", "p_target", "reconstruction_error"):
+        values = getattr(each, name)
+        expected = [sum(values[k] for k in group) / len(group) for group in ((0, 1, 3, 4), (5, 6))]
+        assert torch.allclose(getattr(found, name), torch.stack(expected), atol=1e-6), name
+    assert torch.equal(found.frames, each.frames[[0, 5]]) and torch.equal(found.frame_p, each.frame_p[[0, 5]])
+
+    assert over_donors(each, [1, 1, 1, 3, 1]).status == ["flipped", "flipped", "failed", "unflipped", "unflipped"]
+    assert over_donors(each, [2, 1, 4]).map[1].isnan().any()  # nothing but a failed one
+    assert over_donors(each, [1] * 7) is each
+    wrong = run(x[:2], [1, 1], [2, 2], [[-0.3, 0.9], [-0.3, 0.8]])
+    assert over_donors(wrong, [2]).status == ["reconstruction_flipped"]
+
+
 def test_swap() -> None:
     x, donors = (
         torch.cat([image(-0.2, -0.5, 1), image(0.6, 0.1, 2)]),
@@ -415,67 +398,3 @@ def test_swap() -> None:
     assert torch.allclose(blob_means(swapped), blob_means(donors), atol=1e-6)
     assert torch.allclose(swapped - paint(blob_means(donors)), reconstructed - paint(blob_means(x)), atol=1e-6)
     assert B.probabilities(swapped).argmax(1).tolist() == [1, 2]
-
-
-def test_steps_are_what_the_mode_needs_unless_given() -> None:
-    x = image(-0.2)
-    for mode, steps in (("integrated", 1), ("path", 8), ("contrast", 8), ("input", 8)):
-        assert run(x, [0], [1], [[0.8, -0.5]], mode=mode).frames.shape[1] == steps + 1
-        assert run(x, [0], [1], [[0.8, -0.5]], mode=mode, steps=3, refine=0).frames.shape[1] == 4
-    at = run(x, [0], [1], [[0.8, -0.5]], mode="integrated").flip_at.item()
-    assert at == pytest.approx(crossing(-0.2, 0.8, 0.0), abs=1e-3)
-
-
-def test_integrated_map_is_the_closed_form_where_b_is_linear() -> None:
-    """Each pixel of the first blob gets its share of the logit's rise; nothing else moves b."""
-    x = torch.cat([image(-0.2), image(0.1, 0.2, seed=1)])
-    found = run(x, [0, 0], [1, 1], [[0.8, -0.5], [0.6, 0.2]], mode="integrated", steps=4)
-    rise = blob_means(found.frames[:, -1])[:, 0] - blob_means(found.frames[:, 0])[:, 0]
-    assert torch.allclose(found.map, (GAIN * rise / BLOBS[0].sum())[:, None, None] * BLOBS[0], atol=1e-4)
-
-
-def test_integrated_map_shows_only_what_speaks_for_the_target() -> None:
-    # On the way from class 2 to class 1 both blobs speak for the target; towards class 0 only the second one's fall.
-    x = image(-0.2, 0.6)
-    both = run(x, [2], [1], [[0.9, -0.4]], mode="integrated").map[0]
-    assert (both[BLOBS[0] > 0] > 0.1).all() and (both[BLOBS[1] > 0] > 0.1).all()
-    one = run(x, [2], [0], [[-0.9, -0.4]], mode="integrated").map[0]
-    assert one[BLOBS[0] > 0].abs().max() < 1e-4 and (one[BLOBS[1] > 0] > 0.1).all()
-    assert both[(BLOBS.sum(0) == 0)].abs().max() == 0
-
-
-def test_integrated_attributions_sum_to_the_change_of_the_logit_in_the_image_itself() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 5, 2), nn.Tanh(), nn.Conv2d(8, 3, 3, 2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
-    )
-    b = BlackBox(net.double(), ("a", "b", "c"), 0.0, 1.0)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(4, 3, SIDE, SIDE, generator=generator, dtype=torch.float64) * 2 - 1
-    there, aside = torch.randn(2, 4, 1, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    t = torch.linspace(0, 1, 33, dtype=torch.float64)[:, None, None, None]
-    walked = there * t + aside * torch.sin(math.pi * t)  # a bent way
-    first = torch.tensor([32, 16, 1, 32])
-    for i, last in enumerate(first):
-        walked[i, last:] = walked[i, last]
-    source, target = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])
-    with torch.no_grad():
-        b(x)  # the lazy layer
-        heat = cae.explain._integrated(b, x, walked, first, source, target, at_once=7)
-
-        def lead(images: Tensor) -> Tensor:
-            logits = b(images)
-            return logits.gather(1, target[:, None]) - logits.gather(1, source[:, None])
-
-        change = lead(x + walked[:, -1] - walked[:, 0]) - lead(x)
-    assert change.abs().min() > 0.01
-    assert torch.allclose(heat.sum((1, 2)), change[:, 0], rtol=0.02)
-
-
-@pytest.mark.parametrize("mode", ["integrated", "path", "contrast", "input"])
-def test_smooth_blurs_the_map_and_nothing_else(mode: str) -> None:
-    x = image(-0.2)
-    sharp, smooth = (run(x, [0], [1], [[0.8, -0.5]], mode=mode, smooth=share) for share in (0.0, 0.1))
-    assert torch.allclose(smooth.map, cae.explain.blur(sharp.map, 0.1))
-    assert not torch.allclose(smooth.map, sharp.map, atol=1e-3) and (smooth.map >= 0).all()
-    assert torch.equal(smooth.signed, sharp.signed) and smooth.status == sharp.status

@@ -129,6 +129,113 @@ def test_distance_of_training_codes_new_codes_and_strangers() -> None:
     assert np.allclose(distance_to(new * 1000, training * 1000), distance_to(new, training))
 
 
+def test_distance_of_codes_that_are_not_finite() -> None:
+    codes, _ = clusters()
+    strange = codes[:3].copy()
+    strange[1, 4] = np.nan
+    assert np.isnan(distance_to(strange, codes)).tolist() == [False, True, False]
+
+
+def slow_guided(codes: np.ndarray, start: np.ndarray, end: np.ndarray, neighbours: int) -> np.ndarray:
+    """Corners of the shortest path from start to end, by Floyd and Warshall's algorithm on the whole matrix."""
+    points = np.concatenate([codes, [start, end]])
+    apart = np.linalg.norm(points[:, None] - points, axis=2)
+    count = len(codes)
+    length = np.full((count + 2, count + 2), np.inf)
+    for i in range(count + 2):
+        nearest = [j for j in np.argsort(apart[i], kind="stable") if j != i and j < count][:neighbours]
+        for j in nearest:
+            length[i, j] = length[j, i] = apart[i, j]
+    after = np.where(np.isfinite(length), np.arange(count + 2), -1)
+    for k in range(count):
+        shorter = length[:, k, None] + length[k] < length
+        length = np.where(shorter, length[:, k, None] + length[k], length)
+        after = np.where(shorter, after[:, k, None], after)
+    way = [count]
+    while way[-1] != count + 1:
+        way.append(int(after[way[-1], count + 1]))
+    return points[way]
+
+
+def place_along(corners: np.ndarray, share: float) -> np.ndarray:
+    """The place on a polyline after this share of its length, leg by leg."""
+    legs = np.linalg.norm(np.diff(corners, axis=0), axis=1)
+    left = share * legs.sum()
+    for begin, end, leg in zip(corners[:-1], corners[1:], legs, strict=True):
+        if left <= leg:
+            return begin + (end - begin) * left / leg
+        left -= leg
+    return corners[-1]
+
+
+def test_guided_paths_against_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifold, "NEIGHBOURS", 4)
+    rng = np.random.default_rng(0)
+    codes = rng.uniform(size=(80, 2))
+    starts, ends = rng.uniform(-0.2, 1.2, (7, 2)), np.repeat(rng.uniform(size=(4, 2)), 2, 0)[:7]
+    ends[5] = codes[3]  # a training code, as counter codes are
+    training = TrainingCodes(codes)
+    found = training.guided(starts, ends, 6)
+    assert found.shape == (7, 6, 2) and np.array_equal(found[:, -1], ends)
+    legs = []
+    for start, end, way in zip(starts, ends, found, strict=True):
+        corners = slow_guided(codes, start, end, 4)
+        legs.append(len(corners))
+        assert np.allclose(way, [place_along(corners, k / 6) for k in range(1, 7)])
+    assert max(legs) > 5
+    # A path does not depend on those beside it.
+    for k in range(7):
+        assert np.array_equal(training.guided(starts[k : k + 1], ends[k : k + 1], 6)[0], found[k])
+
+
+def test_guided_paths_stay_where_codes_are() -> None:
+    """On half a circle, from tip to tip: a straight way would pass its centre."""
+    angles = np.linspace(0, np.pi, 300)
+    arc = np.stack([np.cos(angles), np.sin(angles)], 1)
+    found = TrainingCodes(arc).guided(arc[:1], arc[-1:], 12)[0]
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
+    assert np.allclose(np.arctan2(found[:, 1], found[:, 0]), np.pi * np.arange(1, 13) / 12, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_guided_paths_cross_gaps_where_they_are_narrowest(dtype: type) -> None:
+    codes, labels = clusters(count=30, classes=4)
+    codes = codes.astype(dtype)
+    training = TrainingCodes(codes)
+    graph = training._graph.toarray()
+    assert np.array_equal(graph, graph.T)
+    crossings = [(i, j) for i, j in np.argwhere(graph) if labels[i] != labels[j] and i < j]
+    # Slowly: the least spanning tree of the classes, each pair of them as far apart as their nearest codes.
+    joined, expected = {0}, set()
+    while len(joined) < 4:
+        pairs = [(i, j) for i in range(120) for j in range(120) if labels[i] in joined and labels[j] not in joined]
+        i, j = min(pairs, key=lambda pair: float(np.linalg.norm(codes[pair[0]] - codes[pair[1]])))
+        expected.add((min(i, j), max(i, j)))
+        joined.add(labels[j])
+    assert set(crossings) == expected
+    for i, j in crossings:  # and a path from one class to the next goes over the bridge
+        a, b = codes[labels == labels[i]][:1], codes[labels == labels[j]][:1]
+        way = np.concatenate([a, training.guided(a, b, 2000)[0]])
+        for end in (codes[i], codes[j]):
+            assert np.linalg.norm(way - end, axis=1).min() < np.linalg.norm(codes[i] - codes[j]) / 50
+
+
+def test_guided_paths_of_few_equal_and_broken_codes() -> None:
+    two = np.array([[0.0, 0.0], [1.0, 0.0]])
+    found = TrainingCodes(two).guided(np.array([[0.0, 1.0]]), np.array([[1.0, 1.0]]), 3)
+    assert np.isfinite(found).all() and np.array_equal(found[0, -1], [1, 1])
+    codes = np.repeat(np.random.default_rng(0).normal(size=(5, 8)), 20, 0)  # each of five codes twenty times
+    found = TrainingCodes(codes).guided(codes[:1], codes[-1:], 10)
+    assert np.isfinite(found).all() and np.array_equal(found[0, -1], codes[-1])
+    same = np.full((50, 8), 0.3)
+    assert np.array_equal(TrainingCodes(same).guided(same[:2], same[:2], 4), np.full((2, 4, 8), 0.3))
+    starts, ends = codes[:4].copy(), codes[-4:].copy()
+    starts[1, 0], ends[2, 3] = np.nan, np.inf
+    found = TrainingCodes(codes).guided(starts, ends)
+    assert np.isnan(found).all((1, 2)).tolist() == [False, True, True, False] and np.isfinite(found[[0, 3]]).all()
+    assert TrainingCodes(codes).guided(codes[:0], codes[:0]).shape == (0, manifold.WAYPOINTS, 8)
+
+
 def on_a_segment(point: np.ndarray, members: np.ndarray, neighbours: int) -> bool:
     """Whether a point lies between a code and one of its nearest neighbours, tried one pair after the other."""
     for i, start in enumerate(members):

@@ -165,11 +165,13 @@ def test_every_preset_builds_and_keeps_shapes(preset: str, channels: int) -> Non
         assert discriminator(x).shape == (2, 6)
 
 
-@pytest.mark.parametrize("stem", ["conv", "unshuffle"])
+@pytest.mark.parametrize(("stem", "class_encoder"), [("conv", "plain"), ("unshuffle", "residual")])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 64), (36, 36), (44, 100)])
-def test_any_multiple_of_four_from_32_on_works(stem: str, channels: int, height: int, width: int) -> None:
-    cae = tiny(stem=stem, channels=channels, image_size=height)
+def test_any_multiple_of_four_from_32_on_works(
+    stem: str, class_encoder: str, channels: int, height: int, width: int
+) -> None:
+    cae = tiny(stem=stem, class_encoder=class_encoder, channels=channels, image_size=height)
     c, s = cae.encode(images(2, height, width))
     assert c.shape == (2, 8) and s.shape == (2, 8, height // 4, width // 4)
     x = cae(images(2, height, width))
@@ -318,9 +320,9 @@ def test_a_copy_after_a_backward_is_the_same_and_apart(make: Callable[[], nn.Mod
     assert not torch.equal(twin(x), module(x))
 
 
-@pytest.mark.parametrize("stem", ["conv", "unshuffle"])
-def test_a_batch_is_its_images_one_by_one(stem: str) -> None:
-    cae, x = tiny(stem=stem), images(5)
+@pytest.mark.parametrize(("stem", "class_encoder"), [("conv", "plain"), ("unshuffle", "residual")])
+def test_a_batch_is_its_images_one_by_one(stem: str, class_encoder: str) -> None:
+    cae, x = tiny(stem=stem, class_encoder=class_encoder), images(5)
     discriminator = Discriminator(cae.config, 3)
     c, s = cae.encode(x)
     batch = [c, s, cae.decode(c, s), cae.decode(c.flip(0), s), discriminator(x)]

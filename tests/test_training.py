@@ -22,7 +22,7 @@ from cae.config import ClassHead, LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, WIDE, Discriminator
-from cae.training import Trainer, draw_pairs, warm_up
+from cae.training import Trainer, disturb, draw_pairs, warm_up
 
 torch.set_num_threads(1)
 TINY = ModelConfig(
@@ -177,17 +177,18 @@ def test_learning_rate_halves_at_even_distances() -> None:
     trainer = make_trainer(replace(TRAIN, lr=0.8, lr_halvings=3))  # 6 steps
     rates = []
     for i in range(STEPS):
-        rates.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
+        rates.append({group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups})
         trainer.step(*toy_batch(i, pairs=1))
-    assert rates == [[rate] * 2 for rate in (0.8, 0.8, 0.4, 0.4, 0.2, 0.2)]
+    assert rates == [{rate} for rate in (0.8, 0.8, 0.4, 0.4, 0.2, 0.2)]
 
 
 def test_adam_is_set_as_configured() -> None:
     trainer = make_trainer(replace(TRAIN, betas=(0.3, 0.9), weight_decay=0.02))
     for optimizer, player in zip(trainer.optimizers, (trainer.cae, trainer.discriminator), strict=True):
-        [group] = optimizer.param_groups
-        assert group["betas"] == (0.3, 0.9) and group["weight_decay"] == 0.02
-        assert {id(p) for p in group["params"]} == {id(p) for p in player.parameters()}
+        for group in optimizer.param_groups:
+            assert group["betas"] == (0.3, 0.9) and group["weight_decay"] == 0.02
+        given = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(given) == sorted(id(p) for p in player.parameters())
 
 
 def test_best_is_the_running_average_of_the_weights() -> None:
@@ -360,9 +361,28 @@ def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None
         assert torch.equal(part, old)
 
 
-def test_the_discriminator_may_learn_slower() -> None:
-    trainer = make_trainer(replace(TRAIN, disc_lr=1e-4, lr_halvings=2))
-    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [1e-3, 1e-4]
+def test_disturbed_images_stay_near_and_each_is_its_own() -> None:
+    plane = torch.linspace(-0.5, 0.5, 32).expand(64, 3, 32, 32)
+    x, again = (disturb(plane, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(x, again) and x.abs().max() <= 1
+    assert len({image.mean().item() for image in x}) == 64
+    # Brightness moves the mean of a plane that is 0 in the middle, contrast by 0.2 of 1, geometry by its slope.
+    assert 0.1 < x.mean((1, 2, 3)).abs().max() < 0.15 + 0.2 + 0.1
+    slope = x[..., 8:24, 24].mean((1, 2)) - x[..., 8:24, 8].mean((1, 2))
+    plain = (plane[..., 24] - plane[..., 8]).mean()
+    assert 0.7 < slope.min() / plain < 0.9 and 1.1 < slope.max() / plain < 1.4
+
+
+def test_players_and_the_class_encoder_may_learn_slower() -> None:
+    trainer = make_trainer(replace(TRAIN, disc_lr=1e-4, class_lr=5e-4, lr_halvings=2))
+
+    def rates() -> list[list[float]]:
+        return [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+
+    generator = trainer.optimizers[0].param_groups
+    assert [id(p) for p in generator[0]["params"]] == [id(p) for p in trainer.cae.class_encoder.parameters()]
+    assert sum(len(group["params"]) for group in generator) == len(list(trainer.cae.parameters()))
+    assert rates() == [[5e-4, 1e-3, 1e-3], [1e-4]]
     for step in range(STEPS - 1):
         trainer.step(*toy_batch(step))
-    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == pytest.approx([5e-4, 5e-5])
+    assert rates() == [pytest.approx([2.5e-4, 5e-4, 5e-4]), pytest.approx([5e-5])]
