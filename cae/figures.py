@@ -1,14 +1,13 @@
-"""Every picture: functions from plain arrays to a matplotlib Figure, which the caller saves with `fig.savefig(path)`.
+"""Pictures made of images, and what all figures share: arrays -> a matplotlib Figure, saved by `fig.savefig(path)`.
 
-Legend: N images, K frames, S steps, C classes, H height, W width. Images are uint8 (N, H, W, 3), maps are floats
-(N, H, W), larger = more important. Images are drawn as they are, tints included. Wrong shapes raise ValueError.
+Legend: N images, K frames, R rows, H height, W width. Images are uint8 (N, H, W, 3), maps are floats (N, H, W),
+larger = more important. Images are drawn as they are, tints included. Wrong shapes raise ValueError.
 
 Nothing here touches pyplot or matplotlib's global settings, so several threads may draw at once.
 """
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,12 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-CONTROLS = ("random", "edge", "sobel", "centre", "center", "gauss", "|x")
-"""A curve whose name begins with one of these, in any case, is a control: a map that knows nothing of the model."""
 INK, MUTED, RULE = "#1f2933", "#667085", "#d5dae1"
 FRAMES = 9
 """Most frames of a path in one row."""
@@ -73,8 +69,8 @@ def swaps(
         for ax, image in zip(line, images, strict=True):
             _show(ax, image)
     for ax, caption in zip(axes[-1], captions, strict=True):
-        ax.set_xlabel(_wrap(caption, _column(count)), fontsize=8, color=INK)
-    return _finished(fig)
+        ax.set_xlabel(wrap(caption, _column(count)), fontsize=8, color=INK)
+    return finished(fig)
 
 
 def path_strips(
@@ -103,7 +99,7 @@ def path_strips(
     fig, axes = _grid(count, [1, GAP, *[1] * shown, GAP, 1, 1], originals.shape[1:3], left=1.5, below=0.25 * count)
     for row, line in enumerate(axes):
         original, path, (bare, on_image) = line[0], line[2 : 2 + shown], line[-2:]
-        _row_label(original, _wrap(captions[row], 24))
+        _row_label(original, wrap(captions[row], 24))
         _show(original, originals[row])
         last = len(frames[row]) - 1
         for ax, k in zip(path, np.unique(np.linspace(0, last, shown).round().astype(int)), strict=False):
@@ -121,7 +117,7 @@ def path_strips(
         note.set_in_layout(False)
     _heading(axes[0, -2], "map")
     _heading(axes[0, -1], "overlay")
-    return _finished(fig)
+    return finished(fig)
 
 
 def maps_by_method(images: np.ndarray, maps: Mapping[str, np.ndarray], captions: Sequence[str]) -> Figure:
@@ -132,14 +128,14 @@ def maps_by_method(images: np.ndarray, maps: Mapping[str, np.ndarray], captions:
             raise ValueError(f"maps_by_method: maps of {name!r} are {values.shape}, the images need {images.shape[:3]}")
     fig, axes = _grid(count, [1, GAP, *[1] * len(maps)], images.shape[1:3], left=1.3, below=0.0)
     for row, line in enumerate(axes):
-        _row_label(line[0], _wrap(captions[row], 22))
+        _row_label(line[0], wrap(captions[row], 22))
         _show(line[0], images[row])
         for ax, values in zip(line[2:], maps.values(), strict=True):
             ax.imshow(overlay(images[row], values[row]))
     _heading(axes[0, 0], "image")
     for ax, name in zip(axes[0, 2:], maps, strict=True):
-        _heading(ax, _wrap(name, _column(len(maps) + 1)), weight="bold" if name.startswith("CAE") else "normal")
-    return _finished(fig)
+        _heading(ax, wrap(name, _column(len(maps) + 1)), weight="bold" if name.startswith("CAE") else "normal")
+    return finished(fig)
 
 
 def swap_grid(
@@ -171,183 +167,44 @@ def swap_grid(
     for row, line in enumerate(body[1:]):
         _show(line[0], donors[row])
         if captions is not None:
-            _row_label(line[0], _wrap(captions[row], 20))
+            _row_label(line[0], wrap(captions[row], 20))
         for column, ax in enumerate(line[2:]):
             _show(ax, combinations[row, column])
             if probabilities is not None:
                 _probability(ax, float(probabilities[row, column]))
-    return _finished(fig)
+    return finished(fig)
 
 
-def manifold(
-    projections: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], splits: np.ndarray
+def dragged_codes(
+    originals: np.ndarray, frames: np.ndarray, probabilities: np.ndarray, donors: np.ndarray, captions: Sequence[str]
 ) -> Figure:
-    """Class codes in the plane: a row a projection (N, 2), a column a split, one colour a class (the paper's Fig. 8).
+    """Class codes dragged from the original's to the donor's, its individual code kept (the paper's Fig. 11a).
 
-    labels: ints (N,), below 0 where unknown; splits: names (N,), of which at most three are drawn, train first. The
-    panels of a row share their limits, so that a shift between splits shows.
+    A row a pair: originals and donors uint8 (N, H, W, 3), frames uint8 (N, K, H, W, 3) at even distances between the
+    two codes, headed by their share of the way; probabilities (N, K) of the donor's class, printed below each frame.
     """
-    labels, splits = np.maximum(labels, -1), np.asarray(splits)
-    sizes = {name: np.shape(points) for name, points in projections.items()}
-    if not len(labels) or not sizes or set(sizes.values()) != {(len(labels), 2)} or len(splits) != len(labels):
-        raise ValueError(f"manifold: {len(labels)} labels, {len(splits)} splits and projections {sizes} do not match")
-    if labels.max() >= len(class_names):
-        raise ValueError(f"manifold: label {labels.max()} has no name, there are {len(class_names)} class names")
-    known = ("train", "val", "validation", "test")
-    names = sorted({str(s) for s in splits}, key=lambda s: (known.index(s) if s in known else len(known), s))[:3]
-    colours = [*_palette(len(class_names)), "#b8bec8"]  # the last, at index -1, for unknown labels
-    fig = Figure(figsize=(0.5 + 3.9 * len(names), 3.7 * len(projections) + 0.7), dpi=160, layout="constrained")
-    axes = fig.subplots(len(projections), len(names), squeeze=False)
-    for (name, points), line in zip(projections.items(), axes, strict=True):
-        low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
-        margin = 0.04 * np.where(high > low, high - low, 1)
-        for ax, split in zip(line, names, strict=True):
-            # In a random but fixed order, so that no class lies on top of the others.
-            chosen = np.random.default_rng(0).permutation(np.flatnonzero(splits == split))
-            colour, size = [colours[k] for k in labels[chosen]], float(np.clip(15_000 / len(chosen), 2, 14))
-            opacity = 0.8 if len(chosen) < 3000 else 0.55
-            ax.scatter(*points[chosen].T, s=size, c=colour, alpha=opacity, linewidths=0, rasterized=True)
-            (left, bottom), (right, top) = low - margin, high + margin
-            ax.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
-            ax.spines[:].set_color(RULE)
-        line[0].set_ylabel(name, fontsize=11, weight="bold", color=INK)
-    for first, last, split in zip(axes[0], axes[-1], names, strict=True):
-        here = labels[splits == split]
-        first.set_title(f"{split} (n = {len(here):,})", fontsize=11, color=INK)
-        present = [k for k in (*range(len(class_names)), -1) if (here == k).any()]
-        last.legend(
-            [last.plot([], [], "o", color=colours[k], markersize=6)[0] for k in present],
-            [f"{(*class_names, 'unknown')[k]} ({(here == k).sum():,})" for k in present],
-            loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, fontsize=9, ncols=min(2, len(present)),
-            handletextpad=0.2, columnspacing=1.2,
-        )  # fmt: skip
-    return _finished(fig)
+    count = _same_shape({"originals": originals, "donors": donors}, captions)
+    steps = frames.shape[1]
+    if frames.shape != (count, steps, *originals.shape[1:]) or probabilities.shape != (count, steps):
+        given = f"frames are {frames.shape} and probabilities {probabilities.shape}"
+        raise ValueError(f"dragged_codes: {given}; {count} pairs need (N, K, H, W, 3) and (N, K)")
+    widths = [1, GAP, *[1] * steps, GAP, 1]
+    fig, axes = _grid(count, widths, originals.shape[1:3], left=1.5, below=0.25 * count)
+    for row, line in enumerate(axes):
+        _row_label(line[0], wrap(captions[row], 24))
+        _show(line[0], originals[row])
+        for ax, frame, p in zip(line[2:-2], frames[row], probabilities[row], strict=True):
+            _show(ax, frame)
+            _probability(ax, float(p))
+        _show(line[-1], donors[row])
+    _heading(axes[0, 0], "individual code")
+    for ax, share in zip(axes[0, 2:-2], np.linspace(0, 1, steps), strict=True):
+        _heading(ax, f"{share:.3g}")
+    _heading(axes[0, -1], "class donor")
+    return finished(fig)
 
 
-def perturbation_curves(
-    curves: Mapping[str, np.ndarray],
-    covered: np.ndarray,
-    intervals: Mapping[str, np.ndarray] | None = None,
-    title: str = "",
-) -> Figure:
-    """Drop of b's probability (S,) as the top-ranked share `covered` (S,) of the image is destroyed (Eqs. 11, 12).
-
-    intervals: (2, S) low and high ends, drawn as bands. Controls (see CONTROLS) are dashed and grey, methods solid,
-    those that begin with "CAE" thickest. The legend is ordered by the mean of each curve over its steps.
-    """
-    if not curves or any(np.shape(y) != np.shape(covered) for y in curves.values()):
-        raise ValueError(f"perturbation_curves: every curve must have the shape of `covered`, {np.shape(covered)}")
-    fig = Figure(figsize=(8.6, 4.6), dpi=160, layout="constrained")
-    ax = fig.subplots()
-    # The headline takes the strongest colour; a second round of the colours comes with dots.
-    colours = [COLOURS[k] for k in (1, 0, 2, 3, 4, 5, 6)]
-    dashes = ("--", ":", "-.", (0, (6, 2)), (0, (1, 3)))
-    order = sorted(curves, key=lambda name: not name.startswith("CAE"))
-    seen, drawn = {True: 0, False: 0}, {}
-    for name in order:
-        headline, control = name.startswith("CAE"), name.lower().startswith(CONTROLS)
-        k, seen[control] = seen[control], seen[control] + 1
-        colour = ("#6b7280", "#8b929c", "#50565f")[k % 3] if control else colours[k if k < 7 else 1 + (k - 7) % 6]
-        style = dashes[k % 5] if control else "-"
-        width = 3.2 if headline else 1.4 if control else 1.7
-        marker = "o" if not control and k >= 7 else ""
-        zorder = 4 if headline else 2 if control else 3
-        (drawn[name],) = ax.plot(
-            covered, curves[name], color=colour, linestyle=style, linewidth=width, zorder=zorder, marker=marker,
-            markersize=4, markevery=max(1, len(covered) // 10),
-        )  # fmt: skip
-        if intervals is not None and name in intervals:
-            low, high = intervals[name]
-            ax.fill_between(covered, low, high, color=colour, alpha=0.2 if headline else 0.08, lw=0, zorder=1)
-    order.sort(key=lambda name: -float(np.mean(curves[name])))
-    ax.legend(
-        [drawn[name] for name in order], [f"{np.mean(curves[name]):+.3f}   {name}" for name in order],
-        title="mean drop over the curve", title_fontsize=8.5, alignment="left", loc="upper left",
-        bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=9, handlelength=2.6,
-    )  # fmt: skip
-    ax.axhline(0, color=MUTED, linewidth=0.8, zorder=0)
-    ax.set_xlabel("share of the image destroyed, most important first")
-    ax.set_ylabel("drop of the probability")
-    ax.set_title(title, fontsize=11, loc="left", color=INK)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set_xlim(0, float(np.max(covered)))
-    _plot_style(ax)
-    return _finished(fig)
-
-
-def training_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """One panel a named loss term: (pairs seen, value) as logged, pale, and a moving mean; its last value on top."""
-    terms = {name: np.asarray(points, float) for name, points in history.items() if len(points)}
-    if not terms:
-        raise ValueError("training_curves: the history is empty; log at least one value before drawing it")
-    columns = min(4, len(terms))
-    rows = math.ceil(len(terms) / columns)
-    fig = Figure(figsize=(3.1 * columns, 2.2 * rows + 0.2), dpi=160, layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False, sharex=True)
-    for ax, (name, points) in zip(axes.flat, terms.items(), strict=False):
-        pairs, values = points[np.isfinite(points[:, 1])].T
-        if not len(values):
-            ax.set_title(f"{name}   never finite", fontsize=9.5, color=INK)
-            continue
-        # The mean over a twentieth of the run, over fewer points at its ends.
-        window = np.ones(2 * (len(values) // 40) + 1)
-        mean = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-        ax.set_title(f"{name}   {mean[-1]:.3g}", fontsize=9.5, color=INK)
-        ax.plot(pairs, values, color=COLOURS[5], linewidth=0.8, alpha=0.55)
-        ax.plot(pairs, mean, color=COLOURS[0], linewidth=1.6, marker="o" if len(values) == 1 else "")
-        if values.min() > 0 and mean.max() > 100 * mean.min():
-            ax.set_yscale("log")
-            ax.yaxis.set_minor_locator(NullLocator())
-        else:
-            ax.yaxis.set_major_locator(MaxNLocator(4))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:g}k" if n >= 1000 else f"{n:g}"))
-        _plot_style(ax)
-    for ax in axes.flat[len(terms) :]:
-        ax.set_visible(False)
-    for ax in axes.flat[len(terms) - columns : len(terms)]:
-        ax.tick_params(labelbottom=True)
-    fig.supxlabel("pairs seen", fontsize=9.5, color=INK)
-    return _finished(fig)
-
-
-def confusion(
-    matrix: np.ndarray,
-    class_names: Sequence[str],
-    title: str,
-    rows: str = "true class",
-    columns: str = "predicted class",
-) -> Figure:
-    """Counts (C, C), shaded by their share of the row; `rows` and `columns` name the two axes."""
-    count = len(class_names)
-    if np.shape(matrix) != (count, count) or not count:
-        raise ValueError(f"confusion: matrix is {np.shape(matrix)}, {count} class names need {(count, count)}")
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    side = 1.6 + max(2.2, 0.85 * count)
-    fig = Figure(figsize=(side + 0.8, side), dpi=160, layout="constrained")
-    ax = fig.subplots()
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(count, count):
-        dark = share[row, column] > 0.55
-        ax.text(
-            column, row, f"{matrix[row, column]:,}\n{share[row, column]:.1%}", ha="center", va="center",
-            fontsize=9, color="white" if dark else INK,
-        )  # fmt: skip
-    names = [_wrap(name, 14) for name in class_names]
-    ax.set_xticks(range(count), names, rotation=0 if count < 5 else 40, ha="center" if count < 5 else "right")
-    ax.set_yticks(range(count), names)
-    ax.tick_params(length=0, labelsize=9, labelcolor=INK)
-    ax.set_xlabel(columns, color=MUTED)
-    ax.set_ylabel(rows, color=MUTED)
-    ax.spines[:].set_visible(False)
-    right, total = np.trace(matrix), matrix.sum()
-    summary = f"{right:,} of {total:,} on the diagonal ({right / max(total, 1):.1%})"
-    ax.set_title(f"{title}\n{summary}", fontsize=10, color=INK)
-    return _finished(fig)
-
-
-# What the functions above share.
+# What the functions above share; the last two, with cae.plots too.
 
 
 def _grid(
@@ -387,21 +244,6 @@ def _probability(ax: Axes, p: float) -> None:
     ax.set_xlabel(f"{p:.2f}", fontsize=8, color=INK, labelpad=9)
 
 
-def _plot_style(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(MUTED)
-    ax.grid(color=RULE, linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=8.5, color=MUTED, labelcolor=INK)
-
-
-def _finished(fig: Figure) -> Figure:
-    # Names come from users' folders: a dollar sign in them is no formula.
-    for text in fig.findobj(Text):
-        text.set_parse_math(False)
-    return fig
-
-
 def _limits(heat: np.ndarray) -> tuple[float, float]:
     """Where the colours of a map begin and end: 0.5th and 99.5th percentile, or its extremes where those coincide."""
     finite = heat[np.isfinite(heat)].astype(np.float64)
@@ -411,19 +253,9 @@ def _limits(heat: np.ndarray) -> tuple[float, float]:
     return (float(low), float(high)) if high > low else (float(finite.min()), float(finite.max()))
 
 
-def _palette(count: int) -> list[Any]:
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
-    return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count)))
-
-
 def _column(count: int) -> int:
     """Characters that fit on a column of a grid of so many."""
     return int(np.clip(180 / count, 14, 22))
-
-
-def _wrap(text: str, width: int) -> str:
-    return "\n".join(textwrap.fill(line, width, break_long_words=False) for line in text.splitlines())
 
 
 def _same_shape(arrays: Mapping[str, np.ndarray], captions: Sequence[str] | None) -> int:
@@ -438,3 +270,16 @@ def _same_shape(arrays: Mapping[str, np.ndarray], captions: Sequence[str] | None
     if captions is not None and len(captions) != shape[0]:
         raise ValueError(f"figures: {len(captions)} captions for {shape[0]} images; pass one each")
     return int(shape[0])
+
+
+def finished(fig: Figure) -> Figure:
+    """The figure, its texts taken to the letter."""
+    # Names come from users' folders: a dollar sign in them is no formula.
+    for text in fig.findobj(Text):
+        text.set_parse_math(False)
+    return fig
+
+
+def wrap(text: str, width: int) -> str:
+    """Text broken into lines of at most `width` characters, between words; its own line breaks stay."""
+    return "\n".join(textwrap.fill(line, width, break_long_words=False) for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""The pictures of a run, and its report page: the part of stage evaluate that people look at."""
+"""The report page of a run: what stage evaluate found, in an order to read it in."""
 
 from __future__ import annotations
 
@@ -6,27 +6,17 @@ import io
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from cae import classifiers, figures, training
-from cae.classifiers import BlackBox
-from cae.explain import explain, swap
-from cae.images import to_array, to_tensor
-from cae.networks import CAE
-from cae.report import Section, render
+from cae.report import Section, Table, render
 from pipelines import tracking
-from pipelines.bulk import read_images
-from pipelines.explain import path_options, read_counter_codes
+from pipelines.pictures import draw_examples, plot_numbers
 from pipelines.run import Run
 
 if TYPE_CHECKING:
     from pipelines.evaluate import EvaluateOptions
 
-SAMPLES = 8
 READ_ME = {
     "flipped": "the path reached the target class",
     "unflipped": "it did not; the map is of the whole path and should not be relied on",
@@ -44,10 +34,11 @@ MAP_SHOWS = {
 }
 
 
-def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables: dict[str, pd.DataFrame],
-                 names: tuple[str, ...]) -> None:  # fmt: skip
-    """Draw `figures/*.png`, log them, and write `report.html`."""
-    pictures = _pictures(run, options, rows, names)
+def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: pd.DataFrame,
+                 found: dict[str, pd.DataFrame], headline: str, names: tuple[str, ...]) -> None:  # fmt: skip
+    """Draw `figures/*.png`, log them, and write `report.html`, from the rows and the tables of stage evaluate."""
+    pictures = draw_examples(run, options, rows, maps, names)
+    pictures |= plot_numbers(run, options, rows, maps, found, headline, names)
     for name, (_, figure) in pictures.items():
         run.write(f"figures/{name}.png", _png(figure))
         tracking.log_figure(figure, f"figures/{name}.png")
@@ -55,9 +46,11 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
     shard, classified = run.result("shard"), run.result("classify")
     statuses = run.result("explain")["statuses"]
     total = sum(statuses.values())
-    swaps = tables["swap_success"].query("direction == 'all'")
+    swaps = found["swap_success"].query("direction == 'all'")
     accuracy = {k: v for k, v in classified.items() if k.endswith("balanced_accuracy")}
-    aopc = tables["perturbation"].query("measure == 'aopc' and form == 'disjoint' and method == 'CAE'")
+    aopc = found["perturbation"].query(
+        "split == @headline and fill == 'uniform' and measure == 'aopc' and form == 'disjoint' and method == 'CAE'"
+    )
     summary = [
         *[(f"classifier, balanced accuracy ({key.split('/')[1]})", f"{value:.3f}") for key, value in accuracy.items()
           if "train" not in key],
@@ -70,12 +63,8 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
     def shown(*chosen: str) -> list[tuple[str, Figure | bytes]]:
         return [(pictures[name][0], pictures[name][1]) for name in chosen if name in pictures]
 
-    def table(caption: str, name: str) -> list[tuple[str, list[str], list[list[Any]]]]:
-        frame = tables[name]
-        if frame.empty:
-            return []
-        values = frame.astype(object).where(frame.notna(), "")
-        return [(caption, list(frame.columns), values.to_numpy().tolist())]
+    def table(caption: str, name: str) -> list[Table]:
+        return _frame(caption, found[name]) if name in found else []
 
     counts = ", ".join(f"{split} {count:,}" for split, count in shard["counts"].items())
     explained = "predictions" if options.labels == "predicted" else "data set's labels, not its predictions"
@@ -85,14 +74,17 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
             f"{sum(shard['counts'].values()):,} images of {options.dataset} in {counts}; {shard['rejected']} files "
             "were no readable images (shards/rejected.parquet says why). What is explained are the classifier's "
             f"{explained}.",
-            tables=[_frame("Classifier on every split", read_csv(run, "evaluation/accuracy.csv"))],
+            tables=_frame("Classifier on every split", _read_csv(run, "evaluation/accuracy.csv")),
         ),
         Section(
             "Swapping class codes",
             "Each image is rebuilt with the class code of an image of another class and shown to the classifier. A "
             "good embedding changes what the classifier looks at and keeps the individual.",
-            shown("swaps"),
-            table("Swap success, and how often the reconstruction keeps the class", "swap_success")
+            shown("swaps", "swap_grid", "swap_classes"),
+            table("Swap success, and how often the reconstruction keeps the class (Table IV)", "swap_success")
+            + table("Generated images: whether the classifier sees the class that they are made for, how far they are "
+                    "from the image, how much of its individual code they keep (beside that of other images), distance "
+                    "(KID) to real images of the class, share of monotone paths", "counterfactuals")
             + table("Grid of the networks' strides: power at its frequencies over that beside them; 1 is none", "grid"),
         ),
         Section(
@@ -108,155 +100,115 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, tables:
             "The table says how well the codes alone give the classifier's class, by cross-validation of as many folds "
             "as it says; a high stump, or nearly all variance in two components, says that the code is little more "
             "than one score.",
-            shown("manifold"),
-            table("Separability of the class codes", "separability"),
+            shown("manifold", "dragged_codes", "smoothness"),
+            table("Separability of the class codes (Table III)", "separability")
+            + table("New class codes, by SMOTE of the training codes: share that the classifier gives their class, "
+                    f"decoded with the individual codes of {headline}", "new_codes"),
         ),
         Section(
             "Measuring the maps",
-            "The top-ranked places of each map are overwritten with noise, and the fall of the classifier's "
-            "probability is measured; more is better. Disjoint patches, all of them in the image, cover the "
-            "same area for every method and are the headline; the paper's form lets them overlap, which rewards noisy "
-            "maps. A method that does not beat the grey controls explains nothing. Differences are paired "
-            "over images, with 95% bootstrap intervals.",
-            shown("perturbation"),
-            table("Eq. 11 (AOPC) and Eq. 12 (PD)", "perturbation") + table("Against the known truth", "localisation"),
+            "The top-ranked places of each map are overwritten, and the fall of the classifier's probability is "
+            "measured; more is better. Disjoint patches, all of them in the image, cover the same area for every "
+            "method and are the headline; the paper's form lets them overlap, which rewards noisy maps. A method that "
+            "does not beat the grey controls explains nothing. Differences are paired over images, with 95% bootstrap "
+            "intervals. A star: the method fills its own queries as the measure does, an unfair advantage.",
+            shown("perturbation", "perturbation_blur", "perturbation_inpaint", "differences"),
+            perturbation_tables(found["perturbation"])
+            + table("Whether the ranking of methods holds across fills", "fill_agreement")
+            + localisation_tables(found["localisation"])
+            + table("What is not measured, and why", "skipped"),
         ),
-        Section("Training", "The named loss terms over the pairs seen.", shown("training")),
-    ]
+        Section(
+            "Cost and training",
+            "",
+            shown("training"),
+            table("Seconds for a map, the same images as one batch, one process; below, what one image costs in the "
+                  "steps that CAE's maps are made of (Table V)", "time_per_map")
+            + table("Training (Table VI)", "training"),
+        ),
+    ]  # fmt: skip
     page = render(f"{options.dataset}: what the classifier looks at", summary, sections,
                   {"run": run.folder, **asdict(options), **run.state["versions"], "git": run.state["git"]})  # fmt: skip
     run.write("report.html", page.encode())
 
 
-def read_csv(run: Run, name: str) -> pd.DataFrame:
-    """A table of the run folder."""
+def perturbation_tables(perturbation: pd.DataFrame) -> list[Table]:
+    """Table II, to be read: by split, one for each form, one of the areas, and one of what the numbers rest on."""
+    tables = []
+    for split, of_split in perturbation.groupby("split", sort=False):
+        fills = [fill for fill in of_split.fill.unique() if fill]
+        for form in ("disjoint", "paper"):
+            columns = {
+                f"{name}, {fill}": (fill, form, m) for fill in fills for name, m in (("AOPC", "aopc"), ("PD", "pd"))
+            }
+            tables.append(_by_method(f"{split}, {form} patches: Eq. 11 (AOPC) and Eq. 12 (PD)", of_split, columns))
+        columns = {f"{m}, {fill}": (fill, "pixels", m) for m in ("insertion", "deletion") for fill in fills}
+        caption = f"{split}: area under the insertion curve (more is better) and under the deletion curve (less)"
+        tables.append(_by_method(caption, of_split, columns))
+        columns = {"covered, disjoint": ("", "disjoint", "covered"), "covered, paper": ("", "paper", "covered"),
+                   "tied values": ("", "", "tie_share")}  # fmt: skip
+        caption = f"{split}: share of the image that the patches of either form cover, and of a map's values that tie"
+        tables.append(_by_method(caption, of_split, columns))
+    return [table for table in tables if table[2]]
+
+
+def localisation_tables(localisation: pd.DataFrame) -> list[Table]:
+    """How well maps meet the known truth, to be read: one for each split."""
+    return [
+        _by_method(f"{split}, against the known truth", of_split.assign(fill="", form="", told=False),
+                   {m.replace("_", " "): ("", "", m) for m in of_split.measure.unique()})
+        for split, of_split in localisation.groupby("split", sort=False)
+    ]  # fmt: skip
+
+
+def _by_method(caption: str, table: pd.DataFrame, columns: dict[str, tuple[str, str, str]]) -> Table:
+    """A row a method, in falling order of the first column; `columns` are heading -> fill, form and measure.
+
+    Behind a column that was compared stands another with CAE's value minus the method's.
+    """
+    found = {(row.method, (row.fill, row.form, row.measure)): row for row in table.itertuples()}
+    columns = {name: key for name, key in columns.items() if ("CAE", key) in found}
+    if not columns:
+        return caption, [], []
+    compared = {key for (_, key), row in found.items() if pd.notna(row.low)}
+    first = next(iter(columns.values()))
+    methods = sorted({method for method, key in found if key == first}, key=lambda name: -found[name, first].value)
+    rows: list[list[object]] = []
+    for method in methods:
+        cells: list[object] = [method]
+        for key in columns.values():
+            row = found.get((method, key))
+            cells.append(row.value if row else None)
+            if key in compared:
+                cells.append("" if row is None or pd.isna(row.low) else _interval(row))
+        rows.append(cells)
+    header = ["method"]
+    for name, key in columns.items():
+        header += [name, "CAE minus this"] if key in compared else [name]
+    images = max(row.images for (_, key), row in found.items() if key == first)
+    return f"{caption}; {images} images", header, rows
+
+
+def _interval(row: Any) -> str:
+    star = " *" if row.told else ""
+    return f"{row.cae_minus_this:+.3f} ({row.low:+.3f} to {row.high:+.3f}){star}"
+
+
+def _read_csv(run: Run, name: str) -> pd.DataFrame:
     with run.fs.open(run.path(name)) as file:
         return pd.read_csv(file)
 
 
-def _frame(caption: str, frame: pd.DataFrame) -> tuple[str, list[str], list[list[Any]]]:
-    return caption, list(frame.columns), frame.to_numpy().tolist()
+def _frame(caption: str, frame: pd.DataFrame) -> list[Table]:
+    """A data frame as a table of the page, without the columns that hold nothing; none if it is empty."""
+    frame = frame.dropna(axis=1, how="all")
+    if frame.empty:
+        return []
+    values = frame.astype(object).where(frame.notna(), None)
+    return [(caption, [name.replace("_", " ") for name in frame.columns], values.to_numpy().tolist())]
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-@torch.no_grad()
-def _pictures(
-    run: Run, options: EvaluateOptions, rows: pd.DataFrame, names: tuple[str, ...]
-) -> dict[str, tuple[str, Figure]]:
-    """Name -> caption and figure."""
-    donated = rows.dropna(subset="donor")
-    pictures = {} if donated.empty else _examples(run, options, donated, names)
-
-    table = _projections(run)
-    splits = table.split.to_numpy()
-    projections = {"PCA": table[["pca_1", "pca_2"]].to_numpy()}
-    drawn = table.tsne_1.notna().to_numpy()
-    if drawn.sum() > 2:
-        projections["t-SNE"] = table[["tsne_1", "tsne_2"]].to_numpy()
-    pictures["manifold"] = (
-        "Class codes by split, of three splits at most; colour is the classifier's prediction.",
-        figures.manifold(projections, table.predicted.to_numpy(), names, splits),
-    )
-
-    measured = rows[rows.measured]
-    if len(measured):
-        from pipelines.evaluate import METHODS
-
-        curves = {m: np.stack(measured[f"{m}/curve"].to_list()) for m in METHODS}
-        steps = len(next(iter(curves.values()))[0])
-        pictures["perturbation"] = (
-            f"Mean fall of the probability of the predicted class over {len(measured)} images of the "
-            f"{measured.split.iloc[0]} split, by the share of the image destroyed in disjoint 7x7 patches.",
-            figures.perturbation_curves(
-                {m: curve.mean(0) for m, curve in curves.items()},
-                np.arange(1, steps + 1) * 49 / options.model.image_size**2,
-            ),
-        )
-    history = tracking.read_history(run, "train")
-    if history:
-        caption = "What training logged: loss terms before their weights, their sums, and held-out swaps."
-        pictures["training"] = (caption, figures.training_curves(history))
-    return pictures
-
-
-def _examples(
-    run: Run, options: EvaluateOptions, rows: pd.DataFrame, names: tuple[str, ...]
-) -> dict[str, tuple[str, Figure]]:
-    """Swaps, paths and maps of a few images."""
-    size = options.model.image_size
-    blackbox = classifiers.load(run.result("classify")["spec"], names)
-    cae = training.load(run.path("cae"))
-    # A few images of every class from the split that was measured, chosen by the seed and not by their looks.
-    pool = rows[rows.measured] if rows.measured.sum() >= 2 else rows
-    per_class = max(1, SAMPLES // max(1, pool.source.nunique()))
-    sample = pool.sort_values("id").groupby("source").sample(frac=1, random_state=options.seed)
-    sample = sample.groupby("source").head(per_class)
-    images = read_images(run, sample.id.to_numpy(), size, options.fit)
-    donors = read_images(run, sample.donor.to_numpy(), size, options.fit)
-    x = to_tensor(images)
-    p = blackbox.probabilities(x)
-    source = p.argmax(1)
-
-    reconstruction, swapped = swap(cae, x, to_tensor(donors))
-    p_swap = blackbox.probabilities(swapped)
-    captions = [
-        f"{names[a]} → {names[b]}\np={float(p_swap[i, b]):.2f}"
-        for i, (a, b) in enumerate(zip(source.tolist(), sample.swap_target, strict=True))
-    ]
-    pictures = {
-        "swaps": (
-            "Originals, reconstructions, and originals with the class code of the donor below; p is the classifier's "
-            "probability of the donor's class.",
-            figures.swaps(images, to_array(reconstruction), to_array(swapped), donors, captions),
-        )
-    }
-
-    counters = read_counter_codes(run)
-    ranked = p.argsort(1, descending=True)
-    asked = {names.index(options.targets)} & set(counters) if options.targets in names else set(counters)
-    aims = [next((t for t in r.tolist()[1:] if t in asked), -1) for r in ranked]  # -1: nothing to walk to
-    walks = [i for i, t in enumerate(aims) if t >= 0]
-    if not walks:
-        return pictures
-    images, x, source, target = images[walks], x[walks], source[walks], torch.tensor(aims)[walks]
-    code = torch.from_numpy(np.stack([counters[int(t)][1] for t in target]))
-    found = explain(cae, blackbox, x, source, target, code, **path_options(options))
-    captions = [
-        f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" else "")
-        for a, b, s, at in zip(source, target, found.status, found.flip_at, strict=True)
-    ]
-    heat = found.map.numpy()
-    frames, probabilities = zip(
-        *[_walk(cae, blackbox, *each) for each in zip(x, code, target, strict=True)], strict=True
-    )
-    pictures["paths"] = (
-        "The way from each image to its counterfactual, with the classifier's probability of the target class, the "
-        "map, and the map on the image.",
-        figures.path_strips(frames, probabilities, images, heat, captions),
-    )
-    pictures["maps"] = (
-        "Maps over their images.",
-        figures.maps_by_method(images, {f"CAE, {options.mode}": heat}, captions),
-    )
-    return pictures
-
-
-@torch.no_grad()
-def _walk(
-    cae: CAE, blackbox: BlackBox, x: Tensor, counter_code: Tensor, target: Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of an image's whole way to a class code, uint8 (9, H, W, 3), and the target's probability in each."""
-    class_code, individual_code = cae.encode(x[None])
-    codes = torch.lerp(class_code, counter_code[None], torch.linspace(0, 1, 9)[:, None])
-    frames = cae.decode(codes, individual_code.expand(9, -1, -1, -1))
-    return to_array(frames), blackbox.probabilities(frames)[:, target].numpy()
-
-
-def _projections(run: Run) -> pd.DataFrame:
-    with run.fs.open(run.path("manifold", "projections.parquet")) as file:
-        return pd.read_parquet(file)

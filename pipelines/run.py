@@ -77,7 +77,7 @@ WRITES = {
     "train": ("checkpoints/train", "cae"),
     "embed": ("codes", "manifold"),
     "explain": ("explanations",),
-    "evaluate": ("evaluation/images",),
+    "evaluate": ("evaluation/images", "evaluation/times", "figures"),
 }
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from cae import figures
+from cae import figures, plots
 from cae.images import encode_png
 from cae.report import Section, cell, render
 
@@ -199,11 +199,61 @@ def test_swap_grid_puts_class_codes_in_rows_and_individual_codes_in_columns() ->
         figures.swap_grid(originals, donors, combinations.swapaxes(0, 1))
 
 
+def test_dragged_codes_show_every_frame_at_its_place() -> None:
+    originals, donors = colour_images(2, 1), colour_images(2, 2)
+    frames = np.stack([colour_images(3, 3), colour_images(3, 4)])
+    p = np.array([[0.11, 0.12, 0.13], [0.21, 0.22, 0.23]])
+    fig = figures.dragged_codes(originals, frames, p, donors, ["A → B", "B → A"])
+    expected = [originals[0], *frames[0], donors[0], originals[1], *frames[1], donors[1]]
+    for ours, given in zip(shown(fig), expected, strict=True):
+        np.testing.assert_array_equal(ours, given)
+    assert [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()] == [f"{value:.2f}" for value in p.ravel()]
+    assert [ax.get_title() for ax in fig.axes if ax.get_title()] == ["individual code", "0", "0.5", "1", "class donor"]
+    with pytest.raises(ValueError, match="2 pairs need"):
+        figures.dragged_codes(originals, frames, p[:1], donors, ["", ""])
+
+
+def test_differences_are_coloured_by_their_interval_and_marked_where_told() -> None:
+    panels = {"blur": {"ahead": (0.2, 0.1, 0.3), "open": (0.0, -0.1, 0.1)}, "noise": {"behind": (-0.2, -0.3, -0.1)}}
+    fig = plots.differences(panels, {"blur": {"open"}}, "difference")
+    left, right = fig.axes
+    assert [ax.get_title() for ax in fig.axes] == ["blur", "noise"]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["ahead", "open", "behind"]
+    drawn = [line for ax in fig.axes for line in ax.lines[1:]]  # without those at 0
+    ends, points = drawn[::2], drawn[1::2]
+    assert [list(line.get_xdata()) for line in ends] == [[0.1, 0.3], [-0.1, 0.1], [-0.3, -0.1]]
+    assert [float(np.ravel(point.get_xdata())[0]) for point in points] == [0.2, 0.0, -0.2]
+    assert [float(np.ravel(point.get_ydata())[0]) for point in points] == [0, 1, 2]
+    colours = [to_hex(line.get_color()) for line in ends]
+    assert colours[0] == to_hex(figures.COLOURS[0]) and colours[2] == to_hex(figures.COLOURS[1])
+    assert np.ptp(to_rgb(colours[1])) < 0.1
+    assert [to_hex(point.get_markerfacecolor()) == "#ffffff" for point in points] == [False, True, False]
+    assert [text.get_text() for text in left.texts] == ["*"] and not right.texts
+    with pytest.raises(ValueError, match="no method"):
+        plots.differences({"blur": {}}, {}, "difference")
+
+
+def test_smoothness_draws_paths_and_their_mean_for_the_commonest_directions() -> None:
+    rng = np.random.default_rng(0)
+    paths = {f"way {k}": rng.random((k + 2, 5)) for k in range(8)}
+    fig = plots.smoothness(paths, {name: 0.5 for name in paths}, drawn=3)
+    assert [ax.get_title() for ax in fig.axes] == [
+        f"way {k}\n50% of {k + 2} paths monotone" for k in (7, 6, 5, 4, 3, 2)
+    ]
+    *lines, mean = fig.axes[0].lines
+    for line, path in zip(lines, paths["way 7"][:3], strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), path)
+        np.testing.assert_allclose(line.get_xdata(), [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(mean.get_ydata(), paths["way 7"].mean(0))
+    with pytest.raises(ValueError, match="N > 0"):
+        plots.smoothness({"way": np.zeros((0, 5))}, {"way": 1.0})
+
+
 def test_manifold_separates_splits_shares_limits_and_counts_classes() -> None:
     rng = np.random.default_rng(0)
     points = {"PCA": rng.normal(size=(300, 2)), "t-SNE": 50 * rng.normal(size=(300, 2))}
     labels, splits = rng.integers(-1, 2, 300), rng.choice(["test", "train"], 300)
-    fig = figures.manifold(points, labels, ["_odd", "PNEUMONIA"], splits)
+    fig = plots.manifold(points, labels, ["_odd", "PNEUMONIA"], splits)
     assert [ax.get_title() for ax in fig.axes[:2]] == [f"{s} (n = {(splits == s).sum()})" for s in ("train", "test")]
     for row, name in enumerate(points):
         train, test = fig.axes[2 * row : 2 * row + 2]
@@ -229,12 +279,12 @@ def test_manifold_separates_splits_shares_limits_and_counts_classes() -> None:
 def test_manifold_draws_three_splits_at_most_and_many_classes() -> None:
     points = np.zeros((40, 2))
     splits = np.array(["train", "val", "test", "more"] * 10)
-    fig = figures.manifold({"PCA": points}, np.arange(40) % 12, [f"c{k}" for k in range(12)], splits)
+    fig = plots.manifold({"PCA": points}, np.arange(40) % 12, [f"c{k}" for k in range(12)], splits)
     assert [ax.get_title().split()[0] for ax in fig.axes] == ["train", "val", "test"]
     with pytest.raises(ValueError, match="label 11 has no name"):
-        figures.manifold({"PCA": points}, np.arange(40) % 12, ["a"], splits)
+        plots.manifold({"PCA": points}, np.arange(40) % 12, ["a"], splits)
     with pytest.raises(ValueError, match="do not match"):
-        figures.manifold({"PCA": points[1:]}, np.zeros(40, int), ["a"], splits)
+        plots.manifold({"PCA": points[1:]}, np.zeros(40, int), ["a"], splits)
 
 
 def test_perturbation_curves_tell_methods_from_controls() -> None:
@@ -242,7 +292,7 @@ def test_perturbation_curves_tell_methods_from_controls() -> None:
     slopes = {"random map": 0.1, "LIME": 0.5, "CAE path": 2.0, "Edge (Sobel)": 0.3}
     curves = {name: slope * covered for name, slope in slopes.items()}
     bands = {"CAE path": np.stack([curves["CAE path"] - 0.1, curves["CAE path"] + 0.1])}
-    fig = figures.perturbation_curves(curves, covered, bands, "title")
+    fig = plots.perturbation_curves(curves, covered, bands, "title")
     (ax,) = fig.axes
     legend = ax.get_legend()
     assert legend is not None
@@ -259,7 +309,7 @@ def test_perturbation_curves_tell_methods_from_controls() -> None:
     assert all(line["CAE path"].get_linewidth() > line[name].get_linewidth() for name in curves if name != "CAE path")
     assert len(ax.collections) == 1
     with pytest.raises(ValueError, match="shape"):
-        figures.perturbation_curves({"LIME": covered[1:]}, covered)
+        plots.perturbation_curves({"LIME": covered[1:]}, covered)
 
 
 def test_training_curves_draw_a_moving_mean_of_every_term() -> None:
@@ -272,7 +322,7 @@ def test_training_curves_draw_a_moving_mean_of_every_term() -> None:
         "fast": [(k, 10.0 ** -(k / 10)) for k in range(60)],
         "one": [(5, 0.25)],
     }
-    fig = figures.training_curves(history)
+    fig = plots.training_curves(history)
     axes = [ax for ax in fig.axes if ax.get_visible()]
     assert [ax.get_title().split()[0] for ax in axes] == list(history)
     raw, mean = axes[0].lines
@@ -285,19 +335,19 @@ def test_training_curves_draw_a_moving_mean_of_every_term() -> None:
     assert [ax.get_yscale() for ax in axes] == ["linear", "linear", "linear", "log", "linear"]
     png(fig)
     with pytest.raises(ValueError, match="empty"):
-        figures.training_curves({"recon_x": []})
+        plots.training_curves({"recon_x": []})
 
 
 def test_confusion_prints_counts_and_shares_of_the_row() -> None:
-    fig = figures.confusion(np.array([[1200, 300], [0, 0]]), ["A", "B"], "Swaps", "donor", "given")
+    fig = plots.confusion(np.array([[1200, 300], [0, 0]]), ["A", "B"], "Swaps", "donor", "given")
     (ax,) = fig.axes
     np.testing.assert_allclose(shown(fig)[0], np.array([[0.8, 0.2], [0, 0]]))
     assert [text.get_text() for text in ax.texts] == ["1,200\n80.0%", "300\n20.0%", "0\n0.0%", "0\n0.0%"]
     assert ax.get_title() == "Swaps\n1,200 of 1,500 on the diagonal (80.0%)"
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("donor", "given")
-    figures.confusion(np.zeros((1, 1), int), ["A"], "none")
+    plots.confusion(np.zeros((1, 1), int), ["A"], "none")
     with pytest.raises(ValueError, match="3 class names"):
-        figures.confusion(np.zeros((2, 2), int), ["A", "B", "C"], "t")
+        plots.confusion(np.zeros((2, 2), int), ["A", "B", "C"], "t")
 
 
 def test_threads_draw_the_same_pictures_as_one() -> None:
@@ -311,9 +361,7 @@ def test_threads_draw_the_same_pictures_as_one() -> None:
 
 
 def test_pyplot_stays_out() -> None:
-    code = (
-        "import sys, cae.figures, cae.report; sys.exit('matplotlib.pyplot' in sys.modules or 'pandas' in sys.modules)"
-    )
+    code = "import sys, cae.plots, cae.report; sys.exit('matplotlib.pyplot' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -348,7 +396,7 @@ EVIL = "<script>alert('1')</script>\" & co"
 
 def evil_page() -> tuple[str, bytes]:
     picture = encode_png(colour_images(1)[0])
-    fig = figures.confusion(np.eye(2, dtype=int), ["A", "B"], "t")
+    fig = plots.confusion(np.eye(2, dtype=int), ["A", "B"], "t")
     sections = [
         Section(
             f"First {EVIL}",

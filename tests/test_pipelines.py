@@ -20,9 +20,14 @@ from cae.config import ClassifierConfig
 from cae.images import decode, to_tensor
 from cae.networks import from_authors
 from pipelines.bulk import read_images, shard_units
-from pipelines.evaluate import EvaluateWorker, swap_table
 from pipelines.explain import ExplainWorker
+from pipelines.measure import MeasureWorker
 from pipelines.run import Run
+from pipelines.tables import swap_table
+
+# What the worker of stage evaluate is told besides the networks, and a task that asks for nothing.
+HOW = {"modes": {"CAE": {}}, "oracle": "", "full": False, "draws": 1, "seed": 0}
+NOTHING = {"donor": None, "measured": False, "located": False, "shown": False, "new_codes": []}
 
 
 def parts(folder: Path) -> pd.DataFrame:
@@ -90,17 +95,23 @@ def test_the_tables_follow_from_the_rows(finished: Path) -> None:
     for split, part in rows.groupby("split"):
         assert np.isclose(table.success[split], (part.swap_predicted == part.swap_target).mean())
         assert (part.source != part.swap_target).all()
-    curves = np.stack(rows[rows.measured]["CAE/disjoint"].to_list())
+    measured = pd.read_csv(finished / "evaluation/measured.csv")
+    assert set(measured.id) == set(rows.id[rows.measured]) and measured.split.value_counts().to_dict() == {
+        "val": 6, "test": 6}  # fmt: skip
     perturbation = pd.read_csv(finished / "evaluation/perturbation.csv")
-    row = perturbation.query("measure == 'aopc' and form == 'disjoint' and method == 'CAE'").iloc[0]
-    assert np.isclose(row.value, curves.mean(), atol=1e-6)
     assert set(perturbation.method) == {"CAE", "Grad-CAM", "random", "Sobel", "centre", "|x - reconstruction|"}
+    for split, part in rows[rows.measured].groupby("split"):
+        curves = [m["curves"][0]["disjoint"] for maps in part.maps for m in maps if m["method"] == "CAE"]
+        row = perturbation.query("measure == 'aopc' and form == 'disjoint' and method == 'CAE'")
+        row = row[row.split == split]
+        assert np.isclose(row.value.item(), np.mean(curves), atol=1e-6) and row.images.item() == 6
 
 
 def test_the_report_is_one_file_with_every_picture(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     pictures = {path.stem for path in (finished / "figures").glob("*.png")}
-    assert pictures == {"swaps", "paths", "maps", "manifold", "perturbation", "training"}
+    assert pictures == {"swaps", "swap_grid", "swap_classes", "dragged_codes", "paths", "maps", "manifold",
+                        "smoothness", "perturbation", "differences", "training"}  # fmt: skip
     assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.search(r"src=.https?:", page)
     assert str(finished) in page
@@ -174,10 +185,9 @@ def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finis
     for row in found:
         assert (row["status"] == "failed") == (row["target"] == 1)
         assert ("no training image the class spot" in row["error"]) == (row["target"] == 1)
-    tasks = [{"row": i, "measured": False, "located": False, "donor": None, "donor_class": None, "donor_code": None}
-             for i in range(2)]  # fmt: skip
+    tasks = [NOTHING | {"row": i} for i in range(2)]
     tasks[1] |= {"donor": "d", "donor_class": 1, "donor_code": [0.0] * 8}
-    rows = EvaluateWorker(run, **common, draws=1, seed=0, oracle="")(unit | {"tasks": tasks}).to_pandas()
+    rows = MeasureWorker(run, **common, **HOW)(unit | {"tasks": tasks, "explanations": unit["part"]}).to_pandas()
     assert rows.donor.isna().tolist() == rows.swap_predicted.isna().tolist() == [True, False]
     table = swap_table(rows, ("plain", "spot"))
     assert table.query("direction == 'all'").images.tolist() == [1]
@@ -191,12 +201,12 @@ def test_a_second_classifier_is_asked_about_every_swap(finished: Path, tmp_path:
     classifiers.save(str(tmp_path / "other"), classifiers.build(config, names), config)
     unit = shard_units(run, ("test",))[0]
     code = parts(finished / "codes").class_code[0].tolist()
-    tasks = [{"row": i, "measured": False, "located": False, "donor": "d", "donor_class": i % 2, "donor_code": code}
-             for i in range(unit["rows"])]  # fmt: skip
+    tasks = [NOTHING | {"row": i, "donor": "d", "donor_class": i % 2, "donor_code": code} for i in range(unit["rows"])]
+    unit |= {"tasks": tasks, "explanations": unit["part"]}
     common = {"spec": str(finished / "classifier"), "names": names, "size": 32, "fit": "crop", "device": "cpu"}
     tables = {
-        oracle: swap_table(EvaluateWorker(run, **common, draws=1, seed=0, oracle=str(oracle))(unit | {"tasks": tasks})
-                           .to_pandas(), names).set_index("direction").loc["all"]
+        oracle: swap_table(MeasureWorker(run, **common, **HOW | {"oracle": str(oracle)})(unit).to_pandas(), names)
+        .set_index("direction").loc["all"]
         for oracle in (finished / "classifier", tmp_path / "other")
     }  # fmt: skip
     own, other = tables.values()

@@ -1,0 +1,378 @@
+"""What stage evaluate measures on every image: swaps, counterfactuals, and maps by every method.
+
+Legend: B images, D numbers in the class code, K frames, S side. A worker gives one row per image; what is measured of
+it by several methods, or several times over, lies in lists in that row, and `pipelines.tables` takes it apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from cae import classifiers, counterfactuals, metrics, training
+from cae.classifiers import BlackBox
+from cae.explain import explain
+from cae.images import Fit, load, to_tensor
+from cae.metrics import Fill
+from cae.networks import CAE
+from cae.peers import controls
+from cae.peers.table import peers
+from pipelines.bulk import Unit, decode_all, read_unit, split_of
+from pipelines.cluster import place
+from pipelines.explain import read_counter_codes
+from pipelines.run import Run
+
+CURVE = 0.30  # share of the image to which perturbation curves are drawn
+HEADLINE = 0.075  # share of the image over which AOPC is taken: the paper's 100 patches of 7x7 on 256x256
+AREA_STEPS = 10  # of the insertion and deletion curves
+STRIDES = (2, 4)  # of the encoders' convolutions and of the decoder's upsampling
+WALK = 9  # frames of a straight path between two class codes
+AT_ONCE = 16  # images that a method is given, or walked with, at once
+CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
+BRIEF_PEERS = ("Grad-CAM",)
+Method = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Images (B, 3, S, S), b's classes (B,), classes to walk to (B,) and codes of those (B, D) -> maps (B, S, S)."""
+# What a method says by raising when it cannot work with a classifier: one without gradients or layers, for example.
+UNFIT = (ValueError, RuntimeError, AttributeError, TypeError)
+
+
+def methods(
+    blackbox: BlackBox, cae: CAE, modes: dict[str, dict[str, Any]], full: bool, seed: int = 0
+) -> dict[str, Method]:
+    """Every method of making maps, by its name in tables: CAE, peers (Grad-CAM alone if not `full`) and controls.
+
+    `modes` gives the names of the CAE's own and, for each, what `explain` takes.
+    """
+
+    def of_cae(how: dict[str, Any], *question: Tensor) -> Tensor:
+        return explain(cae, blackbox, *question, **how).map
+
+    def of_peer(maps: Callable[[BlackBox, Tensor, Tensor], Tensor], x: Tensor, source: Tensor, *_: Tensor) -> Tensor:
+        return maps(blackbox, x, source).detach()
+
+    @torch.no_grad()
+    def against_reconstruction(x: Tensor, *_: Tensor) -> Tensor:
+        return controls.reconstruction_error(x, cae.decode(*cae.encode(x)))
+
+    found: dict[str, Method] = {name: partial(of_cae, how) for name, how in modes.items()}
+    for name, peer in peers(cae).items():
+        if full or name in BRIEF_PEERS:
+            found[name] = partial(of_peer, peer.maps)
+    known_nothing: tuple[Method, ...] = (
+        lambda x, *_: controls.random_map(x, seed),
+        lambda x, *_: controls.sobel(x),
+        lambda x, *_: controls.centre(x),
+        against_reconstruction,
+    )
+    return found | dict(zip(CONTROLS, known_nothing, strict=True))
+
+
+@torch.no_grad()
+def walk(
+    cae: CAE, blackbox: BlackBox, start: Tensor, end: Tensor, individual: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """WALK frames (B, K, 3, H, W) at even places between class codes `start` and `end` (B, D), of one individual code
+    (B, …) each, and b's probability (B, K) of `target` (B,) in them."""
+    frames = [
+        cae.decode(torch.lerp(start, end, t), individual) for t in torch.linspace(0, 1, WALK, device=start.device)
+    ]
+    p = [blackbox.probabilities(frame).gather(1, target[:, None])[:, 0] for frame in frames]
+    return torch.stack(frames, 1), torch.stack(p, 1)
+
+
+def answered(run: Run, part: str, ids: list[str]) -> dict[str, dict[str, Any]]:
+    """What stage explain said of these images: id -> row with `target` and `map`.
+
+    Of several targets the one that the classifier finds likeliest.
+    """
+    if not ids:
+        return {}
+    columns = ["id", "status", "target", "p_target_start", "map"]
+    with run.fs.open(run.path("explanations", part)) as file:
+        table = pq.read_table(file, columns=columns, filters=pc.field("id").isin(ids))
+    rows = [row for row in table.to_pylist() if row["status"] != "failed"]
+    return {row["id"]: row for row in sorted(rows, key=lambda row: row["p_target_start"])}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """B images, and what the networks make of them."""
+
+    x: Tensor
+    """(B, 3, S, S)."""
+    source: Tensor
+    """(B,) their classes for b."""
+    code: Tensor
+    """(B, D) class codes."""
+    individual: Tensor
+    """(B, …) individual codes."""
+    reconstruction: Tensor
+    """(B, 3, S, S)."""
+
+    def __getitem__(self, index: list[int]) -> Seen:
+        return Seen(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+class MeasureWorker:
+    """Measures the images that a unit's `tasks` name, each as far as its task says.
+
+    A task has the `row` of its image in the shard, the `donor` whose class code is put into it (with `donor_class` and
+    `donor_code`; or None), the `new_codes` of `new_classes` that are decoded with its individual code, whether its maps
+    are `measured` by destroying the image, and held to the truth where that is known (`located`), and `shown`, kept.
+    """
+
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, oracle: str,
+                 modes: dict[str, dict[str, Any]], full: bool, draws: int, seed: int) -> None:  # fmt: skip
+        self.run, self.size, self.fit, self.device, self.draws, self.seed = run, size, fit, device, draws, seed
+        self.blackbox = place(classifiers.load(spec, names), device)
+        self.oracle = place(classifiers.load(oracle, names), device) if oracle else None
+        self.cae = place(training.load(run.path("cae")), device)
+        self.counters = read_counter_codes(run)
+        self.own, self.full = modes["CAE"], full
+        self.methods = methods(self.blackbox, self.cae, modes, full, seed)
+        self.fills: tuple[Fill, ...] = get_args(Fill) if full else ("uniform",)
+
+    def __call__(self, unit: Unit) -> pa.Table:
+        tasks = unit["tasks"]
+        table = read_unit(self.run, unit).take([task["row"] for task in tasks])
+        seen = self._see(table["image"].to_pylist())
+        rows = self._rows(unit, table["id"].to_pylist(), seen)
+        swaps = [i for i, task in enumerate(tasks) if task["donor"] is not None]
+        for some in _portions(swaps):
+            self._swap([rows[i] for i in some], [tasks[i] for i in some], seen[some])
+        for row, task, individual in zip(rows, tasks, seen.individual, strict=True):
+            row["measured"] = task["measured"]
+            if task["new_codes"]:
+                row |= {"new_classes": task["new_classes"], "new_predicted": self._decode_new(task, individual)}
+
+        masks = self._masks(table["mask"].to_pylist())
+        chosen = [i for i, task in enumerate(tasks) if task["measured"] or (task["located"] and bool(masks[i].any()))]
+        answers = answered(self.run, unit["explanations"], [rows[i]["id"] for i in chosen])
+        for some in _portions(chosen):
+            answer = [answers[rows[i]["id"]] for i in some]
+            self._measure([rows[i] for i in some], [tasks[i] for i in some], seen[some], masks[some], answer)
+        return pa.Table.from_pylist(rows, SCHEMA)
+
+    @torch.no_grad()
+    def _see(self, images: list[bytes]) -> Seen:
+        x = to_tensor(decode_all(images, self.size, self.fit)[0], self.device)
+        code, individual = self.cae.encode(x)
+        return Seen(x, self.blackbox.probabilities(x).argmax(1), code, individual, self.cae.decode(code, individual))
+
+    def _rows(self, unit: Unit, ids: list[str], seen: Seen) -> list[dict[str, Any]]:
+        found = self.blackbox.probabilities(seen.reconstruction).argmax(1)
+        error = (seen.reconstruction - seen.x).abs().mean((1, 2, 3))
+        rows: list[dict[str, Any]] = [
+            {"id": name, "split": split_of(unit), "source": a, "reconstruction_predicted": b, "reconstruction_error": c}
+            for name, a, b, c in zip(ids, seen.source.tolist(), found.tolist(), error.tolist(), strict=True)
+        ]
+        _measure_grid(rows, {"image": seen.x, "reconstruction": seen.reconstruction})
+        return rows
+
+    @torch.no_grad()
+    def _swap(self, rows: list[dict[str, Any]], tasks: list[dict[str, Any]], seen: Seen) -> None:
+        """Give the images the class codes of their donors, and see what the classifier (and the oracle) says."""
+        donated = self.cae.decode(self._tensor([task["donor_code"] for task in tasks]), seen.individual)
+        p = self.blackbox.probabilities(donated)
+        for k, (row, task) in enumerate(zip(rows, tasks, strict=True)):
+            target = task["donor_class"]
+            row |= {"donor": task["donor"], "swap_target": target, "swap_predicted": int(p[k].argmax()),
+                    "swap_p": float(p[k, target])}  # fmt: skip
+        _measure_grid(rows, {"swap": donated})
+        if self.oracle is not None:
+            of_image, of_swap = (self.oracle.probabilities(image).argmax(1).tolist() for image in (seen.x, donated))
+            for row, image, swapped in zip(rows, of_image, of_swap, strict=True):
+                row |= {"oracle_image": image, "oracle_swap": swapped}
+
+    @torch.no_grad()
+    def _decode_new(self, task: dict[str, Any], individual: Tensor) -> list[int]:
+        """b's classes for new class codes, decoded with an image's individual code."""
+        codes = self._tensor(task["new_codes"])
+        frames = [self.cae.decode(some, individual.expand(len(some), *individual.shape)) for some in codes.split(64)]
+        return [label for frame in frames for label in self.blackbox.probabilities(frame).argmax(1).tolist()]
+
+    def _masks(self, masks: list[bytes | None]) -> Tensor:
+        """Where the truth lies, bool (B, S, S): all False where it is not known."""
+        empty = np.zeros((self.size, self.size), bool)
+        return torch.from_numpy(np.stack([
+            empty if mask is None else np.asarray(load(mask).resize((self.size, self.size)))[..., 0] > 127
+            for mask in masks
+        ])).to(self.device)  # fmt: skip
+
+    def _measure(self, rows: list[dict[str, Any]], tasks: list[dict[str, Any]], seen: Seen, masks: Tensor,
+                 answers: list[dict[str, Any]]) -> None:  # fmt: skip
+        """Measure the maps of images whose explanations are `answers`; of measured ones, the counterfactuals too."""
+        target = torch.tensor([answer["target"] for answer in answers], device=self.device)
+        counter = self._tensor([self.counters[answer["target"]][1] for answer in answers])
+        kept = self._tensor([answer["map"] for answer in answers]).view(-1, self.size, self.size)
+        _measure_grid(rows, {"map": kept[:, None]})
+        for row in rows:
+            row["maps"] = []
+        for name, method in self.methods.items():
+            try:
+                # What is measured under the name CAE is what the run has given its user.
+                heat = kept if name == "CAE" else method(seen.x, seen.source, target, counter)
+            except UNFIT as error:
+                for row in rows:
+                    row["maps"].append({"method": name, "error": str(error).splitlines()[0]})
+                continue
+            self._judge(name, heat, rows, tasks, seen, masks)
+
+        judged = [k for k, task in enumerate(tasks) if task["measured"]]
+        if judged:
+            chosen, of = seen[judged], [rows[k] for k in judged]
+            self._image_features(of, chosen)
+            self._counterfactual("reconstruction", of, chosen, chosen.reconstruction, chosen.source)
+            end = explain(self.cae, self.blackbox, chosen.x, chosen.source, target[judged], counter[judged], **self.own)
+            way = walk(self.cae, self.blackbox, chosen.code, counter[judged], chosen.individual, target[judged])[1]
+            self._counterfactual("explanation", of, chosen, end.frames[:, -1], target[judged], way)
+        swapped = [k for k in judged if tasks[k]["donor"] is not None]
+        if swapped:
+            chosen, code = seen[swapped], self._tensor([tasks[k]["donor_code"] for k in swapped])
+            aim = torch.tensor([tasks[k]["donor_class"] for k in swapped], device=self.device)
+            frames, way = walk(self.cae, self.blackbox, chosen.code, code, chosen.individual, aim)
+            self._counterfactual("swap", [rows[k] for k in swapped], chosen, frames[:, -1], aim, way)
+
+    def _judge(self, method: str, heat: Tensor, rows: list[dict[str, Any]], tasks: list[dict[str, Any]], seen: Seen,
+               masks: Tensor) -> None:  # fmt: skip
+        """Add to the rows how well their maps `heat` meet the truth, and what destroying their top pixels does."""
+        found: list[dict[str, Any]] = [{"method": method} for _ in rows]
+        for row, entry in zip(rows, found, strict=True):
+            row["maps"].append(entry)
+        finite = heat.isfinite().flatten(1).all(1).tolist()
+        for entry, fine in zip(found, finite, strict=True):
+            if not fine:
+                entry["error"] = "the map holds values that are not finite"
+        known = masks.flatten(1).any(1).tolist()
+        located = [
+            k for k, task in enumerate(tasks) if finite[k] and known[k] and (task["located"] or task["measured"])
+        ]
+        if located:
+            given = heat[located], masks[located]
+            measures = {"pointing": metrics.pointing_game(*given), "energy": metrics.energy_in_mask(*given),
+                        "iou": metrics.iou_at_equal_area(*given), "auroc": metrics.pixel_auroc(*given)}  # fmt: skip
+            for spot, k in enumerate(located):
+                found[k] |= {name: float(values[spot]) for name, values in measures.items()}
+        perturbed = [k for k, task in enumerate(tasks) if finite[k] and task["measured"]]
+        if perturbed:
+            for k, entry in zip(perturbed, self._destroy(seen[perturbed], heat[perturbed]), strict=True):
+                found[k] |= entry
+        for k, task in enumerate(tasks):
+            if finite[k] and task["shown"]:
+                found[k]["map"] = heat[k].flatten().half().cpu().numpy()
+
+    def _destroy(self, seen: Seen, heat: Tensor) -> list[dict[str, Any]]:
+        """For each image its map's ties, the area that either form covers, and curves under every fill."""
+        count, whole = (metrics.disjoint_steps(self.size, share) for share in (HEADLINE, CURVE))
+        found: list[dict[str, Any]] = [{"tie_share": share, "curves": []} for share in metrics.tie_share(heat).tolist()]
+        for form, disjoint in (("disjoint", True), ("paper", False)):
+            centres = metrics.rank_centres(heat, count, disjoint=disjoint, seed=self.seed)
+            covered = metrics.covered_share(metrics.covering_step(centres, self.size, self.size), count)[:, -1]
+            for entry, share in zip(found, covered.tolist(), strict=True):
+                entry[f"covered_{form}"] = share
+        given = self.blackbox, seen.x, heat, seen.source
+        for fill in self.fills:
+            curve = partial(metrics.perturbation_curve, *given, fill=fill, seed=self.seed)
+            long = curve(steps=whole, draws=1)
+            # The long curve begins with the short one; only the noise asks for more draws of that.
+            short = curve(steps=count, draws=self.draws) if fill == "uniform" else long[:, :count]
+            columns = {"disjoint": short, "paper": curve(steps=count, draws=self.draws, disjoint=False), "long": long}
+            if self.full:
+                areas = metrics.insertion_deletion(*given, steps=AREA_STEPS, fill=fill, draws=1, seed=self.seed)
+                columns |= {"insertion": areas.insertion_area, "deletion": areas.deletion_area}
+            lists = {name: values.tolist() for name, values in columns.items()}
+            for k, entry in enumerate(found):
+                entry["curves"].append({"fill": fill} | {name: values[k] for name, values in lists.items()})
+        return found
+
+    def _image_features(self, rows: list[dict[str, Any]], seen: Seen) -> None:
+        features = self._features(seen.x)
+        # How much the individual codes of other images are alike: what `identity` is to be read against.
+        others = counterfactuals.identity(seen.individual, seen.individual.roll(1, 0)) if len(rows) > 1 else None
+        for k, row in enumerate(rows):
+            row |= {"features": features[k], "counterfactuals": []}
+            if others is not None:
+                row["identity_of_others"] = float(others[k])
+
+    @torch.no_grad()
+    def _counterfactual(self, kind: str, rows: list[dict[str, Any]], seen: Seen, images: Tensor, target: Tensor,
+                        way: Tensor | None = None) -> None:  # fmt: skip
+        """Add to the rows how good `images` are, made of those seen to be of class `target` (B,), b's probability of it
+        on the way there being `way` (B, K)."""
+        l1, l2 = counterfactuals.proximity(seen.x, images)
+        measures = {
+            "target": target, "valid": counterfactuals.validity(self.blackbox, images, target), "l1": l1, "l2": l2,
+            "sparsity": counterfactuals.sparsity(seen.x, images),
+            "identity": counterfactuals.identity(seen.individual, self.cae.encode(images)[1]),
+        }  # fmt: skip
+        if self.oracle is not None:
+            measures["oracle_valid"] = counterfactuals.validity(self.oracle, images, target)
+        if way is not None:
+            measures["way"] = way
+        lists = {name: values.tolist() for name, values in measures.items()} | {"features": self._features(images)}
+        for k, row in enumerate(rows):
+            row["counterfactuals"].append({"kind": kind} | {name: values[k] for name, values in lists.items()})
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> list[Any]:
+        """What b's last linear layer is given, for KID; None for each image if it has none."""
+        try:
+            return list(counterfactuals.penultimate(self.blackbox)(images).float().cpu().numpy())
+        except UNFIT:
+            return [None] * len(images)
+
+    def _tensor(self, values: list[Any]) -> Tensor:
+        return torch.from_numpy(np.stack([np.asarray(value, np.float32) for value in values])).to(self.device)
+
+
+def _portions(items: list[int]) -> list[list[int]]:
+    return [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
+
+
+def _measure_grid(rows: list[dict[str, Any]], images: dict[str, Tensor]) -> None:
+    """Add to rows how strong a grid is in each of their images (B, channels, S, S), if those are not too small."""
+    for name, image in images.items():
+        for stride in STRIDES:
+            if image.shape[-1] >= 8 * stride:
+                for row, value in zip(rows, metrics.grid_energy(image.mean(1), stride).tolist(), strict=True):
+                    row[f"grid{stride}/{name}"] = value
+
+
+_FLOATS = pa.list_(pa.float32())
+_CURVES = {"fill": pa.string(), "disjoint": _FLOATS, "paper": _FLOATS, "long": _FLOATS, "insertion": pa.float32(),
+           "deletion": pa.float32()}  # fmt: skip
+_MAPS = {
+    "method": pa.string(),
+    "error": pa.string(),  # null where there is a map
+    "pointing": pa.float32(), "energy": pa.float32(), "iou": pa.float32(), "auroc": pa.float32(),
+    "tie_share": pa.float32(), "covered_disjoint": pa.float32(), "covered_paper": pa.float32(),
+    "curves": pa.list_(pa.struct(_CURVES)),
+    "map": pa.list_(pa.float16()),
+}  # fmt: skip
+_COUNTERFACTUALS = {
+    "kind": pa.string(), "target": pa.int32(), "valid": pa.bool_(), "oracle_valid": pa.bool_(), "l1": pa.float32(),
+    "l2": pa.float32(), "sparsity": pa.float32(), "identity": pa.float32(), "features": _FLOATS, "way": _FLOATS,
+}  # fmt: skip
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(), "split": pa.string(), "donor": pa.string(), "source": pa.int32(), "swap_target": pa.int32(),
+        "reconstruction_predicted": pa.int32(), "swap_predicted": pa.int32(), "swap_p": pa.float32(),
+        "oracle_image": pa.int32(), "oracle_swap": pa.int32(),
+        "measured": pa.bool_(), "reconstruction_error": pa.float32(),
+    }
+    | {f"grid{n}/{of}": pa.float32() for n in STRIDES for of in ("image", "reconstruction", "swap", "map")}
+    | {
+        "new_classes": pa.list_(pa.int32()), "new_predicted": pa.list_(pa.int32()),
+        "features": _FLOATS, "identity_of_others": pa.float32(),
+        "maps": pa.list_(pa.struct(_MAPS)), "counterfactuals": pa.list_(pa.struct(_COUNTERFACTUALS)),
+    }
+)  # fmt: skip

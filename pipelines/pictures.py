@@ -1,0 +1,192 @@
+"""The pictures of a run: what stage evaluate draws, name -> caption and figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cae import classifiers, figures, plots, training
+from cae.classifiers import BlackBox
+from cae.explain import explain
+from cae.images import to_array, to_tensor
+from cae.networks import CAE
+from pipelines import tables, tracking
+from pipelines.bulk import read_images
+from pipelines.explain import path_options, read_counter_codes
+from pipelines.measure import CONTROLS, walk
+from pipelines.run import Run
+
+if TYPE_CHECKING:
+    from pipelines.evaluate import EvaluateOptions
+
+Pictures = dict[str, tuple[str, Figure]]
+SAMPLES = 8
+STRIPS = 6  # rows of the swap grid and of the dragged codes
+FILLS = {"uniform": "noise", "blur": "the image itself, heavily blurred", "inpaint": "a smooth in-fill"}
+
+
+def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: pd.DataFrame,
+                 found: dict[str, pd.DataFrame], headline: str, names: tuple[str, ...]) -> Pictures:  # fmt: skip
+    """Class codes, paths between them, perturbation curves, differences of AOPC, and training."""
+    with run.fs.open(run.path("manifold", "projections.parquet")) as file:
+        points = pd.read_parquet(file)
+    projections = {"PCA": points[["pca_1", "pca_2"]].to_numpy()}
+    if points.tsne_1.notna().sum() > 2:
+        projections["t-SNE"] = points[["tsne_1", "tsne_2"]].to_numpy()
+    pictures = {"manifold": (
+        "Class codes by split, of three splits at most; colour is the classifier's prediction.",
+        plots.manifold(projections, points.predicted.to_numpy(), names, points.split.to_numpy()),
+    )}  # fmt: skip
+    swapped = rows[rows.split == headline].dropna(subset="donor")
+    if len(swapped):
+        matrix = np.zeros((len(names), len(names)), int)
+        np.add.at(matrix, (swapped.swap_target.astype(int), swapped.swap_predicted.astype(int)), 1)
+        pictures["swap_classes"] = (
+            f"Images of {headline} rebuilt with another's class code: the class of the code put in, and the one that "
+            "the classifier then sees.",
+            plots.confusion(matrix, names, "Swaps", "class of the code", "class seen"),
+        )
+    ways = tables.ways_by_direction(rows, headline, names)
+    if ways:
+        pictures["smoothness"] = (
+            f"The classifier's probability of the donor's class on the straight way from the class code of an image of "
+            f"{headline} to that of a random image of another class; in red the mean. Monotone: it never falls by more "
+            f"than {tables.DIP}.",
+            plots.smoothness({k: p for k, (p, _) in ways.items()}, {k: share for k, (_, share) in ways.items()}),
+        )
+    curves = tables.curve_rows(maps)
+    curves = curves[curves.split == headline] if len(curves) else curves
+    for fill, group in curves.groupby("fill", sort=False) if len(curves) else ():
+        means = {name: np.stack(part.long.to_list()).mean(0) for name, part in group.groupby("method", sort=False)}
+        covered = np.arange(1, len(next(iter(means.values()))) + 1) * 49 / options.model.image_size**2
+        pictures["perturbation" if fill == "uniform" else f"perturbation_{fill}"] = (
+            f"Mean fall of the probability of the predicted class over {group.id.nunique()} images of {headline}, by "
+            f"the share of the image destroyed in disjoint 7x7 patches, filled with {FILLS[str(fill)]}.",
+            plots.perturbation_curves(means, covered),
+        )
+    aopc = found["perturbation"].query("split == @headline and measure == 'aopc' and form == 'disjoint'")
+    compared = aopc.dropna(subset="low")
+    if len(compared):
+        panels = {
+            str(fill): {row.method: (row.cae_minus_this, row.low, row.high) for row in part.itertuples()}
+            for fill, part in compared.groupby("fill", sort=False)
+        }
+        told = {str(fill): set(part.method[part.told]) for fill, part in compared.groupby("fill")}
+        pictures["differences"] = (
+            f"By how much CAE's AOPC over disjoint patches is ahead of each method's on {headline}: mean and 95% "
+            "interval, paired over images, by fill. Hollow, with a star: a method that fills its own queries in the "
+            "same way.",
+            plots.differences(panels, told, "CAE's AOPC minus the method's"),
+        )
+    history = tracking.read_history(run, "train")
+    if history:
+        caption = "What training logged: loss terms before their weights, their sums, and held-out swaps."
+        pictures["training"] = (caption, plots.training_curves(history))
+    return pictures
+
+
+@torch.no_grad()
+def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: pd.DataFrame,
+                  names: tuple[str, ...]) -> Pictures:  # fmt: skip
+    """Swaps, paths and maps of a few images."""
+    donated = rows.dropna(subset="donor")
+    kept = maps.dropna(subset="map") if len(maps) else maps
+    sample = donated[donated.id.isin(set(kept.id))] if len(kept) else donated
+    if len(sample) == 0:
+        return {}
+    # A few images of every class, chosen by the seed and not by their looks.
+    sample = sample.sort_values("id").groupby("source").sample(frac=1, random_state=options.seed)
+    sample = sample.groupby("source").head(max(1, SAMPLES // sample.source.nunique()))
+    size = options.model.image_size
+    blackbox = classifiers.load(run.result("classify")["spec"], names)
+    cae = training.load(run.path("cae"))
+    images = read_images(run, sample.id.to_numpy(), size, options.fit)
+    donors = read_images(run, sample.donor.to_numpy(), size, options.fit)
+    x = to_tensor(images)
+    code, individual = cae.encode(x)
+    given = cae.encode(to_tensor(donors))[0]
+    target = torch.tensor(sample.swap_target.to_numpy(int))
+
+    frames, p = walk(cae, blackbox, code, given, individual, target)
+    ways = [f"{names[a]} → {names[b]}" for a, b in zip(sample.source, target.tolist(), strict=True)]
+    captions = [f"{way}\np={float(chance):.2f}" for way, chance in zip(ways, p[:, -1], strict=True)]
+    pictures = {
+        "swaps": (
+            "Originals, reconstructions, and originals with the class code of the donor below; p is the classifier's "
+            "probability of the donor's class.",
+            figures.swaps(images, to_array(frames[:, 0]), to_array(frames[:, -1]), donors, captions),
+        ),
+        "swap_grid": (
+            "Every class code (left) with every individual code (top); below each, the classifier's probability of the "
+            "class of the code's donor.",
+            _swap_grid(cae, blackbox, images, individual, donors, given, target, names),
+        ),
+        "dragged_codes": (
+            "The class code dragged from the image's own to the donor's, the individual code kept; below each frame, "
+            "the classifier's probability of the donor's class.",
+            figures.dragged_codes(
+                images[:STRIPS], np.stack([to_array(strip) for strip in frames[:STRIPS]]), p[:STRIPS].numpy(),
+                donors[:STRIPS], ways[:STRIPS],
+            ),
+        ),
+    }  # fmt: skip
+    if len(kept):
+        shown = kept[~kept.method.isin(CONTROLS)]
+        table = shown.pivot(index="id", columns="method", values="map").reindex(sample.id).dropna(axis=1)
+        by_method = {
+            method: np.stack([np.asarray(heat, np.float32).reshape(size, size) for heat in table[method]])
+            for method in shown.method.unique() if method in table
+        }  # fmt: skip
+        pictures["maps"] = (
+            f"Maps by every method, over their images, each in its own scale. CAE's mode is {options.mode}.",
+            figures.maps_by_method(images, by_method, [names[label] for label in sample.source]),
+        )
+    return pictures | _paths(run, options, cae, blackbox, images, names)
+
+
+def _swap_grid(cae: CAE, blackbox: BlackBox, images: np.ndarray, individual: Tensor, donors: np.ndarray, given: Tensor,
+               target: Tensor, names: tuple[str, ...]) -> Figure:  # fmt: skip
+    # Donors of every class in turn.
+    order = np.argsort(pd.Series(target.numpy()).groupby(target.numpy()).cumcount().to_numpy(), kind="stable")[:STRIPS]
+    combined, p = [], []
+    for i in order:
+        made = cae.decode(given[i].expand(len(images), -1), individual)
+        combined.append(to_array(made))
+        p.append(blackbox.probabilities(made)[:, target[i]].numpy())
+    captions = [names[int(target[i])] for i in order]
+    return figures.swap_grid(images, donors[order], np.stack(combined), captions, np.stack(p))
+
+
+def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, images: np.ndarray,
+           names: tuple[str, ...]) -> Pictures:  # fmt: skip
+    """The way of each image to the class that explains it, and its map."""
+    counters = read_counter_codes(run)
+    x = to_tensor(images)
+    ranked = blackbox.probabilities(x).argsort(1, descending=True)
+    asked = {names.index(options.targets)} & set(counters) if options.targets in names else set(counters)
+    aims = [next((t for t in r.tolist()[1:] if t in asked), -1) for r in ranked]  # -1: nothing to walk to
+    walks = [i for i, t in enumerate(aims) if t >= 0]
+    if not walks:
+        return {}
+    images, x, source, target = images[walks], x[walks], ranked[walks, 0], torch.tensor(aims)[walks]
+    end = torch.from_numpy(np.stack([counters[int(t)][1] for t in target]))
+    found = explain(cae, blackbox, x, source, target, end, **path_options(options))
+    captions = [
+        f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" else "")
+        for a, b, s, at in zip(source, target, found.status, found.flip_at, strict=True)
+    ]
+    code, individual = cae.encode(x)
+    frames, p = walk(cae, blackbox, code, end, individual, target)
+    strips = [to_array(strip) for strip in frames]
+    return {
+        "paths": (
+            "The way from each image to its counterfactual, with the classifier's probability of the target class, the "
+            "map, and the map on the image.",
+            figures.path_strips(strips, list(p.numpy()), images, found.map.numpy(), captions),
+        )
+    }

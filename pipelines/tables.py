@@ -1,0 +1,278 @@
+"""The tables of stage evaluate: what the workers measured, a row an image -> tables. Pure.
+
+Every comparison of methods has the same columns: `images` and mean `value` of a method, and `cae_minus_this`, `low` and
+`high`, the mean of CAE's value minus this method's over the images that have both, with its paired bootstrap 95%
+interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cae import counterfactuals, metrics
+
+SEPARATED = 20_000  # codes a split that the forest learns from, at most
+KID_IMAGES = 10  # of a class, real and generated, that KID is taken of, at least
+DIP = 0.01  # how far the probability may fall along a path that still counts as monotone
+COMPARED = ["method", "images", "value", "cae_minus_this", "low", "high"]
+LOCALISED = {
+    "pointing": "pointing_game",
+    "energy": "energy_in_mask",
+    "iou": "iou_at_equal_area",
+    "auroc": "pixel_auroc",
+}
+
+
+def map_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per image and method, with the image's `id` and `split`; those without a map have an `error`."""
+    return pd.DataFrame([
+        {"id": row.id, "split": row.split, **entry}
+        for row in rows.dropna(subset="maps").itertuples() for entry in row.maps
+    ])  # fmt: skip
+
+
+def curve_rows(maps: pd.DataFrame) -> pd.DataFrame:
+    """One row per image, method and fill, from `map_rows`, with the areas over Eq. 11's curves, `aopc_FORM`."""
+    if maps.empty:
+        return pd.DataFrame()
+    return pd.DataFrame([
+        {"id": row.id, "split": row.split, "method": row.method, **entry,
+         **{f"aopc_{form}": float(np.mean(entry[form])) for form in ("disjoint", "paper")}}
+        for row in maps.dropna(subset="curves").itertuples() for entry in row.curves
+    ])  # fmt: skip
+
+
+def compare(frame: pd.DataFrame, value: str, against: bool = True) -> list[dict[str, Any]]:
+    """A row of COMPARED for each method, in their order in a frame with the columns `id`, `method` and `value`."""
+    table = frame.pivot(index="id", columns="method", values=value).astype(float).sort_index()
+    found = []
+    for method in frame.method.unique():
+        of_method = table[method].dropna()
+        row = {"method": method, "images": len(of_method), "value": of_method.mean()}
+        both = table[["CAE", method]].dropna() if against and method != "CAE" and "CAE" in table else of_method[:0]
+        if len(both) > 1:
+            row |= dict(zip(COMPARED[3:], metrics.paired_bootstrap(both["CAE"], both[method]), strict=True))
+        found.append(row)
+    return found
+
+
+def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Table II: Eqs. 11 (`aopc`) and 12 (`pd`) of every method by split, form and fill; areas under the insertion and
+    deletion curves, of which the latter is better small; how much of the image is covered, and how many values tie.
+
+    `told` names for a method the fills that it was told of: its numbers there are marked.
+    """
+    curves = curve_rows(maps)
+    columns = ["split", "fill", "form", "measure", *COMPARED, "told"]
+    out: list[dict[str, Any]] = []
+    if curves.empty:
+        return pd.DataFrame(columns=columns)
+    for (split, fill), group in curves.groupby(["split", "fill"], sort=False):
+        common = {"split": split, "fill": fill}
+        for form in ("disjoint", "paper"):
+            out += [common | {"form": form, "measure": "aopc"} | row for row in compare(group, f"aopc_{form}")]
+            for method, of_method in group.groupby("method", sort=False):
+                peak = metrics.peak_degradation(torch.from_numpy(np.stack(of_method[form].to_list())))
+                out.append(common | {"form": form, "measure": "pd", "method": method, "images": len(of_method),
+                                     "value": peak})  # fmt: skip
+        for measure in ("insertion", "deletion"):
+            if group[measure].notna().any():
+                out += [common | {"form": "pixels", "measure": measure} | row for row in compare(group, measure)]
+    for split, group in maps.dropna(subset="curves").groupby("split", sort=False):
+        columns_of = {"covered_disjoint": ("covered", "disjoint"), "covered_paper": ("covered", "paper"),
+                      "tie_share": ("tie_share", "")}  # fmt: skip
+        for column, (measure, form) in columns_of.items():
+            rows = compare(group, column, against=False)
+            out += [{"split": split, "fill": "", "form": form, "measure": measure} | row for row in rows]
+    table = pd.DataFrame(out, columns=columns)
+    return table.assign(
+        told=[fill in told.get(method, ()) for fill, method in zip(table.fill, table.method, strict=True)]
+    )
+
+
+def agreement_table(perturbation: pd.DataFrame) -> pd.DataFrame:
+    """Whether the ranking of methods by AOPC holds across fills: Kendall's tau of every two, by split and form."""
+    from scipy.stats import kendalltau  # takes a while to import
+
+    out = []
+    for (split, form), group in perturbation.query("measure == 'aopc'").groupby(["split", "form"], sort=False):
+        table = group.pivot(index="method", columns="fill", values="value").dropna()
+        for a, b in combinations(group.fill.unique(), 2):
+            tau = float(kendalltau(table[a], table[b]).statistic)
+            out.append({"split": split, "form": form, "fills": f"{a}, {b}", "methods": len(table), "kendall_tau": tau})
+    return pd.DataFrame(out, columns=["split", "form", "fills", "methods", "kendall_tau"])
+
+
+def localisation_table(maps: pd.DataFrame) -> pd.DataFrame:
+    """How well maps meet the known truth, on images that have one, by split and measure."""
+    columns = ["split", "measure", *COMPARED]
+    out: list[dict[str, Any]] = []
+    if maps.empty:
+        return pd.DataFrame(columns=columns)
+    for split, group in maps.dropna(subset="pointing").groupby("split", sort=False):
+        for column, measure in LOCALISED.items():
+            out += [{"split": split, "measure": measure} | row for row in compare(group, column)]
+    return pd.DataFrame(out, columns=columns)
+
+
+def skipped_table(rows: pd.DataFrame, maps: pd.DataFrame, reasons: Mapping[str, str]) -> pd.DataFrame:
+    """What could not be measured, why, and of how many images; `reasons` has more: what -> why."""
+    out: list[dict[str, Any]] = [{"what": what, "reason": why} for what, why in reasons.items()]
+    if not maps.empty:
+        failed = maps.dropna(subset="error").groupby(["method", "error"], sort=False).size()
+        out += [{"what": f"maps by {method}", "reason": why, "images": n} for (method, why), n in failed.items()]
+    measured = rows[rows.measured]
+    if len(measured) and measured.features.isna().all():
+        out.append({"what": "KID", "reason": "the classifier has no linear layer to take features from"})
+    return pd.DataFrame(out, columns=["what", "reason", "images"])
+
+
+def swap_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    """Table IV: share of swaps that b gives the class of the code put in, by split and direction.
+
+    With an oracle: the share of swaps that it gives that class too, and of images that it gives b's class.
+    """
+    out = []
+    for split, part in rows.dropna(subset="donor").groupby("split"):
+        part = part.astype({"swap_target": int, "swap_predicted": int})
+        groups: list[tuple[str, pd.DataFrame]] = [("all", part)]
+        groups += [(f"{names[a]} to {names[b]}", g) for (a, b), g in part.groupby(["source", "swap_target"])]
+        for direction, group in groups:
+            row = {
+                "split": split,
+                "direction": direction,
+                "images": len(group),
+                "success": float((group.swap_predicted == group.swap_target).mean()),
+                "reconstruction_keeps_class": float((group.reconstruction_predicted == group.source).mean()),
+                "reconstruction_error": float(group.reconstruction_error.mean()),
+            }
+            if group.oracle_swap.notna().any():
+                row |= {"oracle_success": float((group.oracle_swap == group.swap_target).mean()),
+                        "oracle_agrees_on_images": float((group.oracle_image == group.source).mean())}  # fmt: skip
+            out.append(row)
+    return pd.DataFrame(out, columns=None if out else ["split", "direction", "images", "success"])
+
+
+def separability_table(codes: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Table III: how well the class codes alone tell b's classes apart, by split; codes: `split`, `predicted`,
+    `class_code`."""
+    out = []
+    for split, part in codes.groupby("split"):
+        counts = part.predicted.value_counts()
+        part = part[part.predicted.isin(counts[counts > 1].index)]
+        part = part.sample(min(len(part), SEPARATED), random_state=seed)
+        if part.predicted.nunique() > 1:
+            found = metrics.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed)
+            out.append({"split": split, "images": len(part)} | found)
+    return pd.DataFrame(out, columns=None if out else ["split", "images", "forest_mean"])
+
+
+def new_code_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    """Section IV-F3: share of class codes made by SMOTE that b gives their class, decoded with individual codes."""
+    pairs = [
+        pair for row in rows.dropna(subset="new_classes").itertuples()
+        for pair in zip(row.new_classes, row.new_predicted, strict=True)
+    ]  # fmt: skip
+    found = pd.DataFrame(pairs, columns=["wanted", "predicted"])
+    return pd.DataFrame([
+        {"class_name": names[label], "codes": len(part), "right": float((part.predicted == label).mean())}
+        for label, part in found.groupby("wanted")
+    ], columns=["class_name", "codes", "right"])  # fmt: skip
+
+
+def counterfactual_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per image and kind of counterfactual."""
+    return pd.DataFrame([
+        {"id": row.id, "split": row.split, "source": row.source, **entry}
+        for row in rows.dropna(subset="counterfactuals").itertuples() for entry in row.counterfactuals
+    ])  # fmt: skip
+
+
+def counterfactual_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """How good generated images are, by split and kind: `reconstruction` (what any of them loses), `explanation` (the
+    end of the run's path to the code that stands for the target class), `swap` (the code of a random image of it).
+
+    Valid for b, and for the oracle where there is one; L1, L2 and sparsity of the difference to the image itself;
+    identity, and that of different images; KID, in b's features, to real images that b gives the class, mean over
+    classes; share of straight paths there on which the probability of the class falls by no more than DIP.
+    """
+    found = counterfactual_rows(rows)
+    columns = ["split", "kind", "images", "valid", "oracle_valid", "l1", "l2", "sparsity", "identity",
+               "identity_of_others", "kid", "monotone"]  # fmt: skip
+    out: list[dict[str, Any]] = []
+    if found.empty:
+        return pd.DataFrame(columns=columns)
+    for (split, kind), part in found.groupby(["split", "kind"], sort=False):
+        of_split = rows[(rows.split == split) & rows.measured]
+        means = part[columns[3:9]].astype(float).mean()
+        ways = part.way.dropna()
+        out.append({"split": split, "kind": kind, "images": len(part), **means,
+                    "identity_of_others": of_split.identity_of_others.mean(), "kid": _kid(of_split, part),
+                    "monotone": _monotone(ways) if len(ways) else np.nan})  # fmt: skip
+    return pd.DataFrame(out, columns=columns)
+
+
+def _kid(images: pd.DataFrame, generated: pd.DataFrame) -> float:
+    """KID of generated images to the real ones of the same class, mean over classes, weighted by the former."""
+    total, count = 0.0, 0
+    for label, part in generated.dropna(subset="features").groupby("target"):
+        real = images[images.source == label].features.dropna()
+        if min(len(part), len(real)) >= KID_IMAGES:
+            a, b = (torch.from_numpy(np.stack(features.to_list())) for features in (part.features, real))
+            total += len(part) * counterfactuals.kid(lambda x: x, a, b)
+            count += len(part)
+    return total / count if count else float("nan")
+
+
+def _monotone(ways: pd.Series) -> float:
+    return float(counterfactuals.monotonicity(torch.from_numpy(np.stack(ways.to_list())), DIP).float().mean())
+
+
+def ways_by_direction(rows: pd.DataFrame, split: str, names: tuple[str, ...]) -> dict[str, tuple[np.ndarray, float]]:
+    """Fig. 11b: direction -> the donor's class's probability along paths to its code (N, K), and share monotone."""
+    found = counterfactual_rows(rows[rows.split == split])
+    if found.empty:
+        return {}
+    swaps = found[found.kind == "swap"].groupby(["source", "target"])
+    return {
+        f"{names[a]} to {names[b]}": (np.stack(part.way.to_list()), _monotone(part.way)) for (a, b), part in swaps
+    }  # fmt: skip
+
+
+def grid_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """How strong a grid is, by split, stride and where: median over images of `metrics.grid_energy`; 1 is none."""
+    out = []
+    for split, part in rows.groupby("split"):
+        for name in rows.columns[rows.columns.str.startswith("grid")]:
+            if part[name].notna().any():
+                stride, of = name.removeprefix("grid").split("/")
+                out.append({"split": split, "stride": int(stride), "of": of, "energy": float(part[name].median())})
+    return pd.DataFrame(out, columns=["split", "stride", "of", "energy"])
+
+
+def time_table(times: pd.DataFrame) -> pd.DataFrame:
+    """Table V: seconds for a map by every method, fastest first, and how many times CAE's; below, CAE's parts."""
+    own = times[times.name == "CAE"].seconds
+    times = times.assign(times_cae=times.seconds / (own.iloc[0] if len(own) else np.nan))
+    ordered = times.sort_values(["kind", "seconds"])[["kind", "name", "images", "seconds", "times_cae"]]
+    return ordered.reset_index(drop=True)
+
+
+def training_table(stages: Mapping[str, Any], history: Mapping[str, Sequence[tuple[int, float]]]) -> pd.DataFrame:
+    """Table VI: seconds of each stage that learns, from run.json; of the embedding, pairs and pairs a second.
+
+    A stage that was stopped and called again has the seconds of its last call.
+    """
+    out = []
+    for stage, what in (("classify", "classifier"), ("train", "embedding"), ("embed", "codes and manifold")):
+        row: dict[str, Any] = {"stage": stage, "what": what, "seconds": stages.get(stage, {}).get("seconds")}
+        if stage == "train" and history.get("pairs_per_second"):
+            row |= dict(zip(("pairs", "pairs_per_second"), history["pairs_per_second"][-1], strict=True))
+        out.append(row)
+    return pd.DataFrame(out, columns=["stage", "what", "seconds", "pairs", "pairs_per_second"])
