@@ -14,14 +14,15 @@ from torch import Tensor
 
 from cae import classifiers, figures, training
 from cae.classifiers import BlackBox
-from cae.explain import explain, swap
+from cae.explain import along, explain, swap
 from cae.images import to_array, to_tensor
 from cae.networks import CAE
 from cae.report import Section, render
 from pipelines import tracking
 from pipelines.bulk import read_images
-from pipelines.explain import path_options, read_counter_codes
+from pipelines.explain import path_options
 from pipelines.run import Run
+from pipelines.ways import read_ways
 
 if TYPE_CHECKING:
     from pipelines.evaluate import EvaluateOptions
@@ -216,23 +217,26 @@ def _examples(
         )
     }
 
-    counters = read_counter_codes(run)
+    ways = read_ways(run, options)
     ranked = p.argsort(1, descending=True)
-    asked = {names.index(options.targets)} & set(counters) if options.targets in names else set(counters)
+    asked = {names.index(ways.targets)} & set(ways.ends) if ways.targets in names else set(ways.ends)
     aims = [next((t for t in r.tolist()[1:] if t in asked), -1) for r in ranked]  # -1: nothing to walk to
     walks = [i for i, t in enumerate(aims) if t >= 0]
     if not walks:
         return pictures
     images, x, source, target = images[walks], x[walks], source[walks], torch.tensor(aims)[walks]
-    code = torch.from_numpy(np.stack([counters[int(t)][1] for t in target]))
-    found = explain(cae, blackbox, x, source, target, code, **path_options(options))
+    codes = cae.encode(x)[0].numpy()
+    ends, waypoints = ways.find(sample.id.iloc[walks].to_list(), codes, target.tolist())
+    first = np.cumsum([0, *map(len, ends)])[:-1]  # of several counter codes the first one
+    way = torch.from_numpy(waypoints[first])  # (B, W, D)
+    found = explain(cae, blackbox, x, source, target, way, **path_options(options))
     captions = [
         f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" else "")
         for a, b, s, at in zip(source, target, found.status, found.flip_at, strict=True)
     ]
     heat = found.map.numpy()
     frames, probabilities = zip(
-        *[_walk(cae, blackbox, *each) for each in zip(x, code, target, strict=True)], strict=True
+        *[_walk(cae, blackbox, *each) for each in zip(x, way, target, strict=True)], strict=True
     )
     pictures["paths"] = (
         "The way from each image to its counterfactual, with the classifier's probability of the target class, the "
@@ -247,12 +251,10 @@ def _examples(
 
 
 @torch.no_grad()
-def _walk(
-    cae: CAE, blackbox: BlackBox, x: Tensor, counter_code: Tensor, target: Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of an image's whole way to a class code, uint8 (9, H, W, 3), and the target's probability in each."""
+def _walk(cae: CAE, blackbox: BlackBox, x: Tensor, waypoints: Tensor, target: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of an image's whole way by waypoints (W, D), uint8 (9, H, W, 3), and the target's probability in each."""
     class_code, individual_code = cae.encode(x[None])
-    codes = torch.lerp(class_code, counter_code[None], torch.linspace(0, 1, 9)[:, None])
+    codes = along(torch.cat([class_code, waypoints]).expand(9, -1, -1), torch.linspace(0, 1, 9))
     frames = cae.decode(codes, individual_code.expand(9, -1, -1, -1))
     return to_array(frames), blackbox.probabilities(frames)[:, target].numpy()
 
