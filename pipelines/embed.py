@@ -31,7 +31,7 @@ from pipelines.cluster import connect, device_of, place
 from pipelines.run import Run
 from pipelines.train import TrainOptions
 
-CANDIDATES = 8  # training images a class from which the counter code is chosen
+CANDIDATES = 8  # training images a class that are tried as its counter codes
 TRIED_ON = 32  # training images of other classes that each candidate is tried on
 
 
@@ -70,9 +70,10 @@ def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
 def _counter_codes(
     run: Run, options: EmbedOptions, codes: np.ndarray, ids: np.ndarray, predicted: np.ndarray
 ) -> dict[int, float]:
-    """For each class the code, of the training images nearest to the class's mean, that flips b most surely.
+    """Write for each class the codes of the training images nearest to its mean, those first that flip b most surely.
 
     Each candidate is put into training images of other classes; the share that b then gives to the class decides.
+    Returns that share of each class's first one.
     """
     chosen = run.result("classify")
     blackbox, cae = classifiers.load(chosen["spec"], tuple(chosen["classes"])), training.load(run.path("cae"))
@@ -87,10 +88,10 @@ def _counter_codes(
             code = torch.from_numpy(codes[int(candidate)]).expand(len(others), -1)
             p = blackbox.probabilities(cae.decode(code, individual))
             shares.append((float((p.argmax(1) == label).float().mean()), float(p[:, label].mean())))
-        best = max(range(len(candidates)), key=lambda i: shares[i])
-        rates[label] = shares[best][0]
-        rows.append({"id": ids[candidates[best]], "label": label, "class_code": codes[candidates[best]].tolist(),
-                     "flips": shares[best][0], "tried_on": len(others)})  # fmt: skip
+        order = sorted(range(len(candidates)), key=lambda i: shares[i], reverse=True)
+        rates[label] = shares[order[0]][0]
+        rows += [{"id": ids[candidates[i]], "label": label, "class_code": codes[candidates[i]].tolist(),
+                  "flips": shares[i][0], "tried_on": len(others)} for i in order]  # fmt: skip
     write_table(run, "manifold/counter_codes.parquet", pa.Table.from_pylist(rows))
     return rates
 

@@ -27,6 +27,7 @@ from pipelines.measure import MeasureWorker
 from pipelines.report import write_report
 from pipelines.run import Run
 from pipelines.timing import TIMED, TimeWorker
+from pipelines.ways import read_ways
 
 SWAPS = 2000  # images a split whose class codes are swapped, at most
 NEW_CODES = 2000  # class codes made by SMOTE, of each class
@@ -64,7 +65,7 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     common = {"spec": chosen["spec"], "names": names, "size": options.model.image_size, "fit": options.fit,
               "device": device_of(options), "modes": own_modes(options)}  # fmt: skip
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
-         oracle=oracle, full=full, draws=options.draws, seed=options.seed)  # fmt: skip
+         ways=read_ways(run, options), oracle=oracle, full=full, draws=options.draws, seed=options.seed)  # fmt: skip
     rows = read_table(run, "evaluation/images").to_pandas()
     maps = tables.map_rows(rows)
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()

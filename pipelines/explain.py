@@ -6,16 +6,17 @@ Writes `explanations/…parquet`, and overlays as PNG for the first `--overlays`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cae import classifiers, figures, manifold, training
-from cae.explain import Explanation, Mode, explain
+from cae import classifiers, figures, training
+from cae.explain import Explanation, Mode, explain, over_donors
 from cae.images import Fit, encode_png, to_array, to_tensor
 from pipelines import run as runs
 from pipelines import tracking
@@ -23,10 +24,10 @@ from pipelines.bulk import Unit, batches, bulk, decode_all, read_table, read_uni
 from pipelines.cluster import connect, device_of, place
 from pipelines.embed import EmbedOptions
 from pipelines.run import Run, UserError
+from pipelines.ways import Ways, read_medoids, read_ways
 
 BATCH = 32
 DEFAULT_SPLITS = ("val", "test", "archive")
-REFERENCE_CODES = 5000  # training codes that a code's distance is taken to
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class ExplainOptions(EmbedOptions):
     targets: str = "runner-up"
     """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name
     (images of that class are then left out)."""
+    counter: str = "medoid"
+    """Where a path ends: at the class code of a training image to which the classifier gives the target class.
+    `medoid`: of those near the class's mean the surest to flip; `random`: one drawn for each image; `nearest`: the one
+    nearest to the image's own code, at the border and less sure to flip. Or the id of an image of the run: then its
+    class, by the classifier, is the target of every image."""
+    donors: int = 1
+    """Counter codes for each image and target. The map is the mean of theirs, and counts as flipped if at least half
+    of their paths flip."""
+    path: Literal["linear", "guided"] = "linear"
+    """The way to a counter code: straight, or guided: the shortest one among the training codes, from neighbour to
+    neighbour."""
     mode: Mode = "integrated"
     """How a path becomes a map: `integrated` (the path's changes made to the image itself, weighted by the classifier's
     gradient), `patch` (the same with queries only: what each window of the changes does to the classifier in the image,
@@ -49,7 +61,8 @@ class ExplainOptions(EmbedOptions):
     smooth: float = 0.025
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
     steps: int = 0
-    """Steps of the path; 0: as the mode needs, 1 for `integrated` and `patch`, else 8, then bisection."""
+    """Steps of the path; 0: as the mode needs, 1 for `integrated` and `patch` on a linear path, else 8, then
+    bisection."""
     margin: float = 0.0
     """How far, in probability, the target must be ahead of every other class to end the path."""
     frames: bool = False
@@ -78,18 +91,13 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     for unit in units:
         unit["overlays"] = min(left, unit["rows"])
         left -= unit["overlays"]
-    counters = read_counter_codes(run)
-    table = read_table(run, "codes", ["id", "split", "class_code"])
-    known = np.array([code for code, split in zip(table["class_code"].to_pylist(), table["split"].to_pylist(),
-                                                  strict=True) if split == "train"], np.float32)  # fmt: skip
-    known = np.random.default_rng(options.seed).permutation(known)[:REFERENCE_CODES]
+    ways = read_ways(run, options)
     bulk(run, options, "explain", units, ExplainWorker, "explanations",
          spec=chosen["spec"], names=names, size=options.model.image_size, fit=options.fit, device=device_of(options),
-         counters=counters, known=known, targets=options.targets, frames=options.frames,
-         how=path_options(options))  # fmt: skip
+         ways=ways, frames=options.frames, how=path_options(options))  # fmt: skip
     found = read_table(run, "explanations", ["id", "split", "status"])
     if not len(found):
-        raise UserError(f"the classifier gives every image the class {options.targets} already: choose other --targets")
+        raise UserError(f"the classifier gives every image the class {ways.targets} already: choose other --targets")
     status, split = np.array(found["status"].to_pylist()), np.array(found["split"].to_pylist())
     metrics = {f"explain/{s}/flipped": float((status[split == s] == "flipped").mean()) for s in np.unique(split)}
     counts = Counter(status.tolist())
@@ -110,39 +118,56 @@ def path_options(options: ExplainOptions) -> dict[str, Any]:
 
 def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
     """Class index -> id and class code of the training image whose code stands for the class."""
-    with run.fs.open(run.path("manifold", "counter_codes.parquet")) as file:
-        rows = pa.parquet.read_table(file).to_pylist()
-    return {row["label"]: (row["id"], np.array(row["class_code"], np.float32)) for row in rows}
+    return {label: (ids[0], codes[0]) for label, (ids, codes) in read_medoids(run).items()}
+
+
+def choose_targets(p: Tensor, targets: str, names: tuple[str, ...],
+                   reachable: Collection[int]) -> list[tuple[int, int]]:  # fmt: skip
+    """Image index and target class of every explanation asked for, for probabilities (B, C).
+
+    `targets` is `runner-up` (the likeliest one that is reachable, if any is), `all`, or one of the class names.
+    """
+    pairs = []
+    for i, (_, *others) in enumerate(p.argsort(1, descending=True).tolist()):
+        if targets in names:
+            others = [label for label in others if names[label] == targets]
+        elif targets == "runner-up":
+            others = [label for label in others if label in reachable][:1] or others[:1]
+        pairs += [(i, label) for label in others]
+    return pairs
 
 
 class ExplainWorker:
     """Explains the images of a unit."""
 
-    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str,
-                 counters: dict[int, tuple[str, np.ndarray]], known: np.ndarray, targets: str, frames: bool,
-                 how: dict[str, Any]) -> None:  # fmt: skip
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
+                 frames: bool, how: dict[str, Any]) -> None:  # fmt: skip
         self.run, self.names, self.size, self.fit, self.device = run, names, size, fit, device
-        self.counters, self.targets, self.frames, self.how = counters, targets, frames, how
-        self.known = manifold.TrainingCodes(known)
+        self.ways, self.frames, self.how = ways, frames, how
         self.blackbox = place(classifiers.load(spec, names), device)
         self.cae = place(training.load(run.path("cae")), device)
 
     def __call__(self, unit: Unit) -> pa.Table:
         rows: list[dict[str, Any]] = []
+        at_once = max(1, BATCH // self.ways.donors)
         for batch in batches(read_unit(self.run, unit), BATCH):
             ids = batch["id"].to_pylist()
             arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
             p = self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu()
             images, targets = [], []
-            for i, label in self._targets(p):
-                if label in self.counters:
+            for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):
+                if label in self.ways.ends:
                     images.append(i)
                     targets.append(label)
                 else:
                     reason = f"the classifier gives no training image the class {self.names[label]}: no code to walk to"
                     rows.append(self._failed(ids[i], int(p[i].argmax()), label, reason))
-            for start in range(0, len(images), BATCH):
-                chosen = slice(start, start + BATCH)
+            if self.ways.given:
+                own = next(iter(self.ways.ends))
+                reason = f"the counter image is of the image's own class, {self.names[own]}: no way to another one"
+                rows += [self._failed(ids[i], own, own, reason) for i in (p.argmax(1) == own).nonzero()[:, 0].tolist()]
+            for start in range(0, len(images), at_once):
+                chosen = slice(start, start + at_once)
                 rows += self._explain(arrays, ids, p, images[chosen], targets[chosen])
             first = {row["id"]: row for row in reversed(rows)}
             for array, name in zip(arrays, ids, strict=True):
@@ -153,32 +178,26 @@ class ExplainWorker:
             row["split"] = split_of(unit)
         return pa.Table.from_pylist(rows, _schema(self.size))
 
-    def _targets(self, p: Tensor) -> list[tuple[int, int]]:
-        """Image index and target class of every explanation asked for, for probabilities (B, C)."""
-        order = p.argsort(1, descending=True).tolist()
-        pairs = []
-        for i, (_, *others) in enumerate(order):
-            if self.targets in self.names:
-                others = [label for label in others if self.names[label] == self.targets]
-            elif self.targets == "runner-up":
-                others = [label for label in others if label in self.counters][:1] or others[:1]
-            pairs += [(i, label) for label in others]
-        return pairs
-
     def _failed(self, name: str, source: int, target: int, reason: str) -> dict[str, Any]:
         return {"id": name, "source": source, "target": target, "status": "failed", "error": reason,
                 "mode": self.how["mode"], "size": self.size}  # fmt: skip
 
+    @torch.no_grad()
     def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int],
                  targets: list[int]) -> list[dict[str, Any]]:  # fmt: skip
         source = p[images].argmax(1)
-        code = torch.from_numpy(np.stack([self.counters[label][1] for label in targets])).to(self.device)
         x = to_tensor(arrays[images], self.device)
-        common = {"size": self.size, "mode": self.how["mode"]}
+        names = [ids[i] for i in images]
         try:
-            found = explain(self.cae, self.blackbox, x, source.to(self.device), torch.tensor(targets).to(self.device),
-                            code, **self.how)  # fmt: skip
-            class_codes = self.cae.encode(x)[0].cpu().numpy()
+            class_code, individual_code = self.cae.encode(x)
+            codes = class_code.float().cpu().numpy()
+            donors, waypoints = self.ways.find(names, codes, targets)
+            counts = [len(own) for own in donors]
+            each = torch.arange(len(images)).repeat_interleave(torch.tensor(counts))  # the image of each path
+            there = each.to(self.device)
+            paths = explain(self.cae, self.blackbox, x[there], source[each].to(self.device),
+                            torch.tensor(targets)[each].to(self.device), torch.from_numpy(waypoints).to(self.device),
+                            codes=(class_code[there], individual_code[there]), **self.how)  # fmt: skip
         except RuntimeError as error:
             # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
             if len(images) > 1:
@@ -186,13 +205,16 @@ class ExplainWorker:
                     row for i, t in zip(images, targets, strict=True) for row in self._explain(arrays, ids, p, [i], [t])
                 ]
             reason = str(error).splitlines()[0]
-            return [self._failed(ids[images[0]], int(source[0]), targets[0], reason)]
-        distance = self.known.distance_to(class_codes)
+            return [self._failed(names[0], int(source[0]), targets[0], reason)]
+        found = over_donors(paths, counts)
+        distance = self.ways.known.distance_to(codes)
+        ends = np.cumsum(counts).tolist()
         return [
-            common | {"id": ids[image], "source": int(source[k]), "target": targets[k],
-                      "counter_id": self.counters[targets[k]][0], "code_distance": float(distance[k])}
+            {"id": names[k], "source": int(source[k]), "target": targets[k], "size": self.size,
+             "mode": self.how["mode"], "counter_ids": donors[k],
+             "counter_statuses": paths.status[ends[k] - counts[k] : ends[k]], "code_distance": float(distance[k])}
             | self._row(found, k)
-            for k, image in enumerate(images)
+            for k in range(len(images))
         ]  # fmt: skip
 
     def _row(self, found: Explanation, k: int) -> dict[str, Any]:
@@ -224,15 +246,17 @@ def _schema(size: int) -> pa.Schema:
     return pa.schema({
         "id": pa.string(), "split": pa.string(),
         "source": pa.int32(),  # the classifier's class
-        "target": pa.int32(), "status": pa.string(), "error": pa.string(), "counter_id": pa.string(),
-        "mode": pa.string(), "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
+        "target": pa.int32(), "status": pa.string(), "error": pa.string(),
+        "counter_ids": pa.list_(pa.string()), "counter_statuses": pa.list_(pa.string()), "mode": pa.string(),
+        "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
         "p_target_start": pa.float32(), "p_target_end": pa.float32(), "reconstruction_error": pa.float32(),
         "code_distance": pa.float32(), "size": pa.int32(), "map": half, "signed": half,
         "frames": pa.list_(pa.binary()), "frame_p": pa.list_(pa.float32()),
     })  # fmt: skip
 
 
-OWN = ("splits", "targets", "mode", "window", "smooth", "steps", "margin", "frames", "overlays")
+OWN = ("splits", "targets", "counter", "donors", "path", "mode", "window", "smooth", "steps", "margin", "frames",
+       "overlays")  # fmt: skip
 
 
 def main(options: ExplainOptions) -> dict[str, Any]:

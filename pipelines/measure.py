@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cae import classifiers, counterfactuals, metrics, training
 from cae.classifiers import BlackBox
-from cae.explain import explain
+from cae.explain import along, explain
 from cae.images import Fit, load, to_tensor
 from cae.metrics import Fill
 from cae.networks import CAE
@@ -28,8 +28,8 @@ from cae.peers import controls
 from cae.peers.table import peers
 from pipelines.bulk import Unit, decode_all, read_unit, split_of
 from pipelines.cluster import place
-from pipelines.explain import read_counter_codes
 from pipelines.run import Run
+from pipelines.ways import Ways
 
 CURVE = 0.30  # share of the image to which perturbation curves are drawn
 HEADLINE = 0.075  # share of the image over which AOPC is taken: the paper's 100 patches of 7x7 on 256x256
@@ -40,7 +40,8 @@ AT_ONCE = 16  # images that a method is given, or walked with, at once
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 BRIEF_PEERS = ("Grad-CAM",)
 Method = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Images (B, 3, S, S), b's classes (B,), classes to walk to (B,) and codes of those (B, D) -> maps (B, S, S)."""
+"""Images (B, 3, S, S), b's classes (B,), classes to walk to (B,) and waypoints of the path there (B, W, D) -> maps
+(B, S, S)."""
 # What a method says by raising when it cannot work with a classifier: one without gradients or layers, for example.
 UNFIT = (ValueError, RuntimeError, AttributeError, TypeError)
 
@@ -78,13 +79,12 @@ def methods(
 
 @torch.no_grad()
 def walk(
-    cae: CAE, blackbox: BlackBox, start: Tensor, end: Tensor, individual: Tensor, target: Tensor
+    cae: CAE, blackbox: BlackBox, start: Tensor, waypoints: Tensor, individual: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """WALK frames (B, K, 3, H, W) at even places between class codes `start` and `end` (B, D), of one individual code
-    (B, …) each, and b's probability (B, K) of `target` (B,) in them."""
-    frames = [
-        cae.decode(torch.lerp(start, end, t), individual) for t in torch.linspace(0, 1, WALK, device=start.device)
-    ]
+    """WALK frames (B, K, 3, H, W) at even places from class codes `start` (B, D) along `waypoints` (B, W, D), of one
+    individual code (B, …) each, and b's probability (B, K) of `target` (B,) in them."""
+    corners, shares = torch.cat([start[:, None], waypoints], 1), torch.linspace(0, 1, WALK, device=start.device)
+    frames = [cae.decode(along(corners, t.expand(len(start))), individual) for t in shares]
     p = [blackbox.probabilities(frame).gather(1, target[:, None])[:, 0] for frame in frames]
     return torch.stack(frames, 1), torch.stack(p, 1)
 
@@ -130,13 +130,13 @@ class MeasureWorker:
     are `measured` by destroying the image, and held to the truth where that is known (`located`), and `shown`, kept.
     """
 
-    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, oracle: str,
-                 modes: dict[str, dict[str, Any]], full: bool, draws: int, seed: int) -> None:  # fmt: skip
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
+                 oracle: str, modes: dict[str, dict[str, Any]], full: bool, draws: int, seed: int) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device, self.draws, self.seed = run, size, fit, device, draws, seed
         self.blackbox = place(classifiers.load(spec, names), device)
         self.oracle = place(classifiers.load(oracle, names), device) if oracle else None
         self.cae = place(training.load(run.path("cae")), device)
-        self.counters = read_counter_codes(run)
+        self.ways = ways
         self.own, self.full = modes["CAE"], full
         self.methods = methods(self.blackbox, self.cae, modes, full, seed)
         self.fills: tuple[Fill, ...] = get_args(Fill) if full else ("uniform",)
@@ -212,7 +212,10 @@ class MeasureWorker:
                  answers: list[dict[str, Any]]) -> None:  # fmt: skip
         """Measure the maps of images whose explanations are `answers`; of measured ones, the counterfactuals too."""
         target = torch.tensor([answer["target"] for answer in answers], device=self.device)
-        counter = self._tensor([self.counters[answer["target"]][1] for answer in answers])
+        # Of several counter codes of an image the first one.
+        ids, codes = [row["id"] for row in rows], seen.code.float().cpu().numpy()
+        donors, found = self.ways.find(ids, codes, target.tolist())
+        waypoints = torch.from_numpy(found[np.cumsum([0, *map(len, donors)])[:-1]]).to(self.device)  # (B, W, D)
         kept = self._tensor([answer["map"] for answer in answers]).view(-1, self.size, self.size)
         _measure_grid(rows, {"map": kept[:, None]})
         for row in rows:
@@ -220,7 +223,7 @@ class MeasureWorker:
         for name, method in self.methods.items():
             try:
                 # What is measured under the name CAE is what the run has given its user.
-                heat = kept if name == "CAE" else method(seen.x, seen.source, target, counter)
+                heat = kept if name == "CAE" else method(seen.x, seen.source, target, waypoints)
             except UNFIT as error:
                 for row in rows:
                     row["maps"].append({"method": name, "error": str(error).splitlines()[0]})
@@ -232,14 +235,15 @@ class MeasureWorker:
             chosen, of = seen[judged], [rows[k] for k in judged]
             self._image_features(of, chosen)
             self._counterfactual("reconstruction", of, chosen, chosen.reconstruction, chosen.source)
-            end = explain(self.cae, self.blackbox, chosen.x, chosen.source, target[judged], counter[judged], **self.own)
-            way = walk(self.cae, self.blackbox, chosen.code, counter[judged], chosen.individual, target[judged])[1]
+            end = explain(self.cae, self.blackbox, chosen.x, chosen.source, target[judged], waypoints[judged],
+                          **self.own)  # fmt: skip
+            way = walk(self.cae, self.blackbox, chosen.code, waypoints[judged], chosen.individual, target[judged])[1]
             self._counterfactual("explanation", of, chosen, end.frames[:, -1], target[judged], way)
         swapped = [k for k in judged if tasks[k]["donor"] is not None]
         if swapped:
             chosen, code = seen[swapped], self._tensor([tasks[k]["donor_code"] for k in swapped])
             aim = torch.tensor([tasks[k]["donor_class"] for k in swapped], device=self.device)
-            frames, way = walk(self.cae, self.blackbox, chosen.code, code, chosen.individual, aim)
+            frames, way = walk(self.cae, self.blackbox, chosen.code, code[:, None], chosen.individual, aim)
             self._counterfactual("swap", [rows[k] for k in swapped], chosen, frames[:, -1], aim, way)
 
     def _judge(self, method: str, heat: Tensor, rows: list[dict[str, Any]], tasks: list[dict[str, Any]], seen: Seen,

@@ -17,9 +17,10 @@ from cae.images import to_array, to_tensor
 from cae.networks import CAE
 from pipelines import tables, tracking
 from pipelines.bulk import read_images
-from pipelines.explain import path_options, read_counter_codes
+from pipelines.explain import path_options
 from pipelines.measure import CONTROLS, walk
 from pipelines.run import Run
+from pipelines.ways import read_ways
 
 if TYPE_CHECKING:
     from pipelines.evaluate import EvaluateOptions
@@ -112,7 +113,7 @@ def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: 
     given = cae.encode(to_tensor(donors))[0]
     target = torch.tensor(sample.swap_target.to_numpy(int))
 
-    frames, p = walk(cae, blackbox, code, given, individual, target)
+    frames, p = walk(cae, blackbox, code, given[:, None], individual, target)
     ways = [f"{names[a]} → {names[b]}" for a, b in zip(sample.source, target.tolist(), strict=True)]
     captions = [f"{way}\np={float(chance):.2f}" for way, chance in zip(ways, p[:, -1], strict=True)]
     pictures = {
@@ -146,7 +147,7 @@ def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: 
             f"Maps by every method, over their images, each in its own scale. CAE's mode is {options.mode}.",
             figures.maps_by_method(images, by_method, [names[label] for label in sample.source]),
         )
-    return pictures | _paths(run, options, cae, blackbox, images, names)
+    return pictures | _paths(run, options, cae, blackbox, images, sample.id.to_numpy(), names)
 
 
 def _swap_grid(cae: CAE, blackbox: BlackBox, images: np.ndarray, individual: Tensor, donors: np.ndarray, given: Tensor,
@@ -163,25 +164,26 @@ def _swap_grid(cae: CAE, blackbox: BlackBox, images: np.ndarray, individual: Ten
 
 
 def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, images: np.ndarray,
-           names: tuple[str, ...]) -> Pictures:  # fmt: skip
+           ids: np.ndarray, names: tuple[str, ...]) -> Pictures:  # fmt: skip
     """The way of each image to the class that explains it, and its map."""
-    counters = read_counter_codes(run)
+    ways = read_ways(run, options)
     x = to_tensor(images)
     ranked = blackbox.probabilities(x).argsort(1, descending=True)
-    asked = {names.index(options.targets)} & set(counters) if options.targets in names else set(counters)
+    asked = {names.index(ways.targets)} & set(ways.ends) if ways.targets in names else set(ways.ends)
     aims = [next((t for t in r.tolist()[1:] if t in asked), -1) for r in ranked]  # -1: nothing to walk to
     walks = [i for i, t in enumerate(aims) if t >= 0]
     if not walks:
         return {}
     images, x, source, target = images[walks], x[walks], ranked[walks, 0], torch.tensor(aims)[walks]
-    end = torch.from_numpy(np.stack([counters[int(t)][1] for t in target]))
-    found = explain(cae, blackbox, x, source, target, end, **path_options(options))
+    code, individual = cae.encode(x)
+    ends, waypoints = ways.find(ids[walks].tolist(), code.numpy(), target.tolist())
+    way = torch.from_numpy(waypoints[np.cumsum([0, *map(len, ends)])[:-1]])  # of several counter codes the first
+    found = explain(cae, blackbox, x, source, target, way, **path_options(options))
     captions = [
         f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" else "")
         for a, b, s, at in zip(source, target, found.status, found.flip_at, strict=True)
     ]
-    code, individual = cae.encode(x)
-    frames, p = walk(cae, blackbox, code, end, individual, target)
+    frames, p = walk(cae, blackbox, code, way, individual, target)
     strips = [to_array(strip) for strip in frames]
     return {
         "paths": (

@@ -69,7 +69,8 @@ class RunOptions:
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
 FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "stages", "again"}
 # Least values of options that no other part looks at before hours of work.
-LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1}
+LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1,
+         "donors": 1}  # fmt: skip
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),

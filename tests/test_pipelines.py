@@ -24,9 +24,11 @@ from pipelines.explain import ExplainWorker
 from pipelines.measure import MeasureWorker
 from pipelines.run import Run
 from pipelines.tables import swap_table
+from pipelines.ways import Ways
 
 # What the worker of stage evaluate is told besides the networks, and a task that asks for nothing.
-HOW = {"modes": {"CAE": {}}, "oracle": "", "full": False, "draws": 1, "seed": 0}
+WAYS = Ways("runner-up", "medoid", 1, "linear", 0, {}, codes=np.eye(8, dtype=np.float32))
+HOW = {"ways": WAYS, "modes": {"CAE": {}}, "oracle": "", "full": False, "draws": 1, "seed": 0}
 NOTHING = {"donor": None, "measured": False, "located": False, "shown": False, "new_codes": []}
 
 
@@ -81,7 +83,8 @@ def test_every_held_out_image_has_one_explanation_with_a_status(finished: Path) 
     for row in found.itertuples():
         heat = np.asarray(row.map, np.float32)
         assert heat.shape == (32 * 32,) and np.isfinite(heat).all() and heat.min() >= 0
-        assert row.counter_id in set(rows.id[rows.split == "train"])
+        assert len(row.counter_ids) == 1 and row.counter_ids[0] in set(rows.id[rows.split == "train"])
+        assert row.counter_statuses.tolist() == [row.status]
         assert row.source != row.target
         if row.status == "flipped":
             assert row.p_target_end > 0.5
@@ -177,9 +180,9 @@ def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finis
               "device": "cpu"}  # fmt: skip
     unit = shard_units(run, ("test",))[0]
     how = {"mode": "path", "smooth": 0.0, "steps": 2, "margin": 0.0}
-    counters = {0: ("x", np.zeros(8, np.float32))}
-    worker = ExplainWorker(run, **common, counters=counters, known=np.eye(8, dtype=np.float32), targets="runner-up",
-                           frames=False, how=how)  # fmt: skip
+    ends = {0: (["x"], np.zeros((1, 8), np.float32))}
+    ways = Ways("runner-up", "medoid", 1, "linear", 0, ends, codes=np.eye(8, dtype=np.float32))
+    worker = ExplainWorker(run, **common, ways=ways, frames=False, how=how)
     found = worker(unit | {"overlays": 0}).to_pylist()
     assert len(found) == unit["rows"] and {row["source"] for row in found} == {0, 1}
     for row in found:
@@ -228,10 +231,20 @@ def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -
     shutil.copytree(finished, folder)
     wrong = command("explain.py", "--run", str(folder), "--again", "--splits", "vall")
     assert wrong.returncode and "--splits vall: there is none" in wrong.stderr and "Traceback" not in wrong.stderr
-    done = command("explain.py", "--run", str(folder), "--mode", "contrast", "--targets", "spot")
+    other = ["--mode", "patch", "--targets", "spot", "--counter", "random", "--donors", "3", "--path", "guided"]
+    done = command("explain.py", "--run", str(folder), *other)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = parts(folder / "explanations")
-    assert set(found["mode"]) == {"contrast"} and set(found.target) == {1}
+    found, codes = parts(folder / "explanations"), parts(folder / "codes").set_index("id")
+    assert set(found["mode"]) == {"patch"} and set(found.target) == {1}
+    assert sorted(found.id) == sorted(codes.index[(codes.split != "train") & (codes.predicted == 0)])
+    for row in found.itertuples():
+        assert len(set(row.counter_ids)) == len(row.counter_statuses) == 3
+        assert (codes.loc[row.counter_ids, "split"] == "train").all()
+        assert (codes.loc[row.counter_ids, "predicted"] == 1).all()
+        flips = row.counter_statuses.tolist().count("flipped")
+        assert (row.status == "flipped") == (flips >= 2) and (row.flip_at < 1) == (flips > 0)
+        assert np.isfinite(row.map).all() and row.map.min() >= 0 and np.isfinite(row.signed).all()
+    assert len({tuple(ids) for ids in found.counter_ids}) > 1
     assert list(state(folder)["stages"]) == ["shard", "classify", "train", "embed", "explain"]
 
 

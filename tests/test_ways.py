@@ -1,0 +1,172 @@
+"""Where paths lead: which counter codes an image gets, and what the rows say of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from conftest import state
+
+from cae import classifiers, training
+from cae.explain import explain
+from cae.images import decode, to_tensor
+from cae.manifold import TrainingCodes
+from pipelines import run as runs
+from pipelines.bulk import read_table, shard_units
+from pipelines.explain import ExplainOptions, ExplainWorker, choose_targets, path_options, read_counter_codes
+from pipelines.run import Run, UserError
+from pipelines.ways import Ways, read_medoids, read_ways
+
+rng = np.random.default_rng(0)
+POOL = {2: rng.normal(size=(20, 4)).astype(np.float32), 5: rng.normal(size=(3, 4)).astype(np.float32)}
+IDS = {label: [f"{label}/{k}" for k in range(len(codes))] for label, codes in POOL.items()}
+NAMES, CODES = [f"image {k}" for k in range(6)], rng.normal(size=(6, 4)).astype(np.float32)
+TARGETS = [2, 5, 2, 2, 5, 2]
+
+
+def ways(counter: str, donors: int = 1, path: str = "linear", seed: int = 0) -> Ways:
+    ends = {label: (IDS[label], POOL[label]) for label in POOL}
+    return Ways("all", counter, donors, path, seed, ends, np.concatenate([*POOL.values()]))
+
+
+def code_of(name: str) -> np.ndarray:
+    label, k = name.split("/")
+    return POOL[int(label)][int(k)]
+
+
+@pytest.mark.parametrize("counter", ["medoid", "random", "nearest"])
+@pytest.mark.parametrize("path", ["linear", "guided"])
+def test_each_image_has_its_own_counter_codes_of_the_target_class(counter: str, path: str) -> None:
+    among = TrainingCodes(np.concatenate([*POOL.values()]))
+    for donors in (1, 4):
+        asked = ways(counter, donors, path)
+        found, waypoints = asked.find(NAMES, CODES, TARGETS)
+        assert [len(own) for own in found] == [min(donors, len(IDS[label])) for label in TARGETS]
+        assert waypoints.dtype == np.float32
+        each = [(k, name) for k, own in enumerate(found) for name in own]
+        assert len(each) == len(waypoints) and waypoints.shape[1] == (1 if path == "linear" else 16)
+        for (k, name), way in zip(each, waypoints, strict=True):
+            assert name in IDS[TARGETS[k]] and np.array_equal(way[-1], code_of(name))
+            if path == "guided":
+                assert np.allclose(way, among.guided(CODES[k : k + 1], code_of(name)[None])[0], atol=1e-6)
+        for k, own in enumerate(found):
+            assert len(set(own)) == len(own)
+            # Whatever else is asked for at the same time.
+            assert asked.find(NAMES[k : k + 1], CODES[k : k + 1], TARGETS[k : k + 1])[0] == [own]
+
+
+def test_medoids_come_in_their_order_and_the_nearest_are_the_nearest() -> None:
+    found, _ = ways("medoid", 2).find(NAMES, CODES, TARGETS)
+    assert found == [[f"{label}/0", f"{label}/1"] for label in TARGETS]
+    found, _ = ways("nearest", 3).find(NAMES, CODES, TARGETS)
+    for code, label, own in zip(CODES, TARGETS, found, strict=True):
+        ranked = sorted(IDS[label], key=lambda name: float(((code_of(name) - code) ** 2).sum()))
+        assert own == ranked[:3]
+
+
+def test_random_counter_codes_differ_between_images_and_seeds_and_reach_all() -> None:
+    names = [f"image {k}" for k in range(300)]
+    codes, targets = np.zeros((300, 4), np.float32), [2] * 300
+    found = [own[0] for own in ways("random").find(names, codes, targets)[0]]
+    assert set(found) == set(IDS[2])
+    other = [own[0] for own in ways("random", seed=1).find(names, codes, targets)[0]]
+    assert np.mean([a != b for a, b in zip(found, other, strict=True)]) > 0.8
+
+
+def test_targets() -> None:
+    names = ("a", "b", "c", "d")
+    p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    assert choose_targets(p, "runner-up", names, {0, 1, 2, 3}) == [(0, 1), (1, 2)]
+    assert choose_targets(p, "runner-up", names, {0, 2, 3}) == [(0, 2), (1, 2)]  # none but those with a code
+    assert choose_targets(p, "runner-up", names, {0, 3}) == [(0, 3), (1, 0)]
+    assert choose_targets(p, "runner-up", names, {0}) == [(0, 1), (1, 0)]  # if there is one, else it is to be said
+    assert choose_targets(p, "all", names, {0}) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 1), (1, 0)]
+    assert choose_targets(p, "a", names, {0}) == [(1, 0)]
+    assert choose_targets(p[:0], "all", names, {0}) == []
+
+
+# On the run that the pipeline tests share.
+
+
+def options(folder: Path, *words: str) -> ExplainOptions:
+    return runs.parse(ExplainOptions, ["--run", str(folder), *words])
+
+
+def rows_of(folder: Path, *words: str) -> pd.DataFrame:
+    """What the stage writes for the images of the split `test`."""
+    run, given = Run(str(folder)), options(folder, *words)
+    worker = ExplainWorker(run, spec=str(folder / "classifier"), names=("plain", "spot"), size=32, fit="crop",
+                           device="cpu", ways=read_ways(run, given), frames=True,
+                           how=path_options(given))  # fmt: skip
+    table = pa.concat_tables([worker(unit | {"overlays": 0}) for unit in shard_units(run, ("test",))])
+    return table.to_pandas()
+
+
+def test_the_map_of_several_donors_is_the_mean_of_theirs(finished: Path) -> None:
+    rows = rows_of(finished, "--counter", "random", "--donors", "2", "--mode", "contrast")
+    codes = read_table(Run(str(finished)), "codes").to_pandas().set_index("id")
+    blackbox = classifiers.load(str(finished / "classifier"), ("plain", "spot"))
+    cae = training.load(str(finished / "cae"))
+    images = pd.concat([pd.read_parquet(part) for part in finished.glob("shards/split=test/*.parquet")]).set_index("id")
+    assert len(rows) == len(images)
+    for row in rows.itertuples():
+        x = to_tensor(decode(images.image[row.id], 32)[None])
+        found = [
+            explain(cae, blackbox, x, torch.tensor([row.source]), torch.tensor([row.target]),
+                    torch.tensor(codes.class_code[name])[None], mode="contrast")
+            for name in row.counter_ids
+        ]  # fmt: skip
+        assert row.counter_statuses.tolist() == [each.status[0] for each in found]
+        expected = sum(each.map[0] for each in found) / 2
+        np.testing.assert_allclose(row.map.astype(np.float32), expected.flatten(), atol=2e-3)
+        assert row.flip_at == pytest.approx(np.mean([float(each.flip_at) for each in found]), abs=1e-3)
+        assert len(row.frames) == len(row.frame_p) == 9
+
+
+def test_medoids_are_ranked_by_how_surely_they_flip(finished: Path) -> None:
+    run = Run(str(finished))
+    table = pd.read_parquet(finished / "manifold/counter_codes.parquet")
+    assert table.groupby("label").size().to_dict() == {0: 8, 1: 8}
+    assert all(part.flips.is_monotonic_decreasing for _, part in table.groupby("label"))
+    for label, (name, code) in read_counter_codes(run).items():
+        ids, codes = read_medoids(run)[label]
+        assert len(set(ids)) == 8 and ids[0] == name and np.array_equal(codes[0], code)
+        assert ids == table[table.label == label].id.to_list()
+    rate = state(finished)["stages"]["embed"]["result"]["manifold/counter_flips_spot"]
+    assert rate == table[table.label == 1].flips.max()
+
+
+def test_a_given_image_and_those_of_its_own_class(finished: Path) -> None:
+    codes = read_table(Run(str(finished)), "codes").to_pandas()
+    spot = codes[(codes.predicted == 1) & (codes.split == "val")].id.iloc[0]  # need not be a training image
+    rows = rows_of(finished, "--counter", spot)
+    assert sorted(rows.id) == sorted(codes.id[codes.split == "test"]) and set(rows.source) == {0, 1}
+    assert set(rows.target) == {1}
+    own, other = rows[rows.source == 1], rows[rows.source == 0]
+    assert set(own.status) == {"failed"} and own["map"].isna().all()
+    assert own.error.str.contains("own class, spot").all()
+    assert set(other.status) <= {"flipped", "unflipped", "reconstruction_flipped"}
+    assert all(ids.tolist() == [spot] for ids in other.counter_ids)
+
+
+def test_ways_that_cannot_be_gone_are_refused(finished: Path) -> None:
+    run = Run(str(finished))
+    table = read_table(run, "codes").to_pandas()
+    spot = table[table.predicted == 1].id.iloc[0]
+    for words, says in {
+        ("--counter", "nobody"): "--counter nobody: choose medoid, random, nearest or the id of an image of",
+        ("--donors", "9"): "--donors 9: of --counter medoid there are 8 at most",
+        ("--counter", "random", "--donors", "33"): "of --counter random there are 32 at most",
+        ("--counter", spot, "--donors", "2"): "there are 1 at most",
+        ("--counter", spot, "--targets", "plain"): "--targets plain: the classifier gives the --counter image",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            read_ways(run, options(finished, *words))
+    with pytest.raises(UserError, match="--donors is 0"):
+        options(finished, "--donors", "0")
+    assert read_ways(run, options(finished, "--counter", spot, "--targets", "spot")).targets == "spot"
+    assert read_ways(run, options(finished, "--counter", spot)).targets == "spot"
