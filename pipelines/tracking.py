@@ -100,11 +100,9 @@ def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
     if step is not None:
         mlflow.log_metrics(metrics, step=step)
         return
-    client, parent = mlflow.MlflowClient(), active.data.tags["mlflow.parentRunId"]
-    curves = client.get_run(active.info.run_id).data.metrics  # not to get a false point at step 0
+    curves = mlflow.MlflowClient().get_run(active.info.run_id).data.metrics  # not to get a false point at step 0
     mlflow.log_metrics({key: value for key, value in metrics.items() if key not in curves})
-    for key, value in metrics.items():
-        client.log_metric(parent, key, value)
+    mlflow.log_metrics(metrics, run_id=active.data.tags["mlflow.parentRunId"])
 
 
 def log_folder(run: Run, folder: str, whole: bool = False) -> None:

@@ -1,0 +1,190 @@
+"""The tables of stage evaluate, from rows made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cae import metrics
+from pipelines import report, tables
+
+NAMES = ("plain", "spot")
+VALUES = {  # AOPC of three images, by method and fill
+    "CAE": {"uniform": [0.5, 0.7, 0.9], "blur": [0.3, 0.3, 0.3]},
+    "peer": {"uniform": [0.4, 0.1, 0.4], "blur": [0.4, 0.5, 0.6]},
+    "random": {"uniform": [0.1, 0.2, 0.0], "blur": [0.0, 0.0, 0.0]},
+}
+
+
+def curves(method: str, image: int) -> list[dict[str, Any]]:
+    """Curves of two steps around the AOPC; the paper's form has half of it."""
+    return [
+        {"fill": fill, "disjoint": [v - 0.1, v + 0.1], "paper": [v / 2, v / 2], "long": [v] * 4, "insertion": 1 - v,
+         "deletion": v if method == "CAE" else None}
+        for fill, v in ((fill, values[image]) for fill, values in VALUES[method].items())
+    ]  # fmt: skip
+
+
+def rows() -> pd.DataFrame:
+    """Three measured images of test; the peer failed on the last one, and only two have a known truth."""
+    out = []
+    for i in range(3):
+        maps = [
+            {"method": m, "error": None, "pointing": [1.0, 0.0, None][i], "energy": 0.1, "iou": 0.2,
+             "auroc": 0.5 + i / 10, "tie_share": 0.25, "covered_disjoint": 0.08, "covered_paper": 0.02 * (i + 1),
+             "curves": curves(m, i)}
+            for m in VALUES
+        ]  # fmt: skip
+        if i == 2:
+            maps[1] = {"method": "peer", "error": "it has no gradient"}
+        out.append({"id": f"image {i}", "split": "test", "source": 0, "measured": True, "features": np.zeros(2),
+                    "maps": maps})  # fmt: skip
+    return pd.DataFrame([*out, {"id": "other", "split": "test", "source": 1, "measured": False}])
+
+
+def test_perturbation_is_means_peaks_and_paired_differences() -> None:
+    table = tables.perturbation_table(tables.map_rows(rows()), {"peer": ("blur",)})
+    keys = ["fill", "form", "measure", "method"]
+    assert set(table.split) == {"test"} and not table.duplicated(keys).any()
+    found = table.set_index(keys)
+    for method, by_fill in VALUES.items():
+        kept = 2 if method == "peer" else 3
+        for fill, values in by_fill.items():
+            row = found.loc[fill, "disjoint", "aopc", method]
+            assert row.images == kept and np.isclose(row.value, np.mean(values[:kept]))
+            assert np.isclose(found.value[fill, "paper", "aopc", method], np.mean(values[:kept]) / 2)
+            assert np.isclose(found.value[fill, "disjoint", "pd", method], np.mean(values[:kept]) + 0.1)
+            assert np.isclose(found.value[fill, "pixels", "insertion", method], 1 - np.mean(values[:kept]))
+            assert row.told == (method == "peer" and fill == "blur")
+            if method == "CAE":
+                assert np.isnan([row.cae_minus_this, row.low, row.high]).all()
+                continue
+            expected = metrics.paired_bootstrap(VALUES["CAE"][fill][:kept], values[:kept])
+            np.testing.assert_allclose([row.cae_minus_this, row.low, row.high], expected)
+    assert np.isclose(found.value["", "disjoint", "covered", "random"], 0.08)
+    assert np.isclose(found.value["", "paper", "covered", "random"], 0.04)
+    assert np.isclose(found.value["", "", "tie_share", "CAE"], 0.25)
+
+
+def test_rankings_of_fills_are_compared_by_kendalls_tau() -> None:
+    perturbation = tables.perturbation_table(tables.map_rows(rows()), {})
+    table = tables.agreement_table(perturbation).set_index("form")
+    means = {m: [np.mean(v[: 2 if m == "peer" else 3]) for v in by_fill.values()] for m, by_fill in VALUES.items()}
+    pairs = [(a, b) for a in means for b in means if a < b]
+    agree = [np.sign((means[a][0] - means[b][0]) * (means[a][1] - means[b][1])) for a, b in pairs]
+    assert table.fills["disjoint"] == "uniform, blur" and table.methods["disjoint"] == 3
+    assert np.isclose(table.kendall_tau["disjoint"], np.mean(agree)) and np.isclose(np.mean(agree), 1 / 3)
+
+
+def test_localisation_is_of_images_with_a_known_truth() -> None:
+    table = tables.localisation_table(tables.map_rows(rows())).set_index(["measure", "method"])
+    assert (table.images == 2).all() and (table.split == "test").all()
+    assert table.value["pointing_game", "CAE"] == 0.5 and np.isclose(table.value["pixel_auroc", "peer"], 0.55)
+    assert table.cae_minus_this["iou_at_equal_area", "random"] == 0
+    assert {measure for measure, _ in table.index} == set(tables.LOCALISED.values())
+
+
+def test_what_is_missing_is_said_with_its_reason() -> None:
+    table = tables.skipped_table(rows(), tables.map_rows(rows()), {"class codes by SMOTE": "too few"})
+    said = {row.what: row.reason for row in table.itertuples()}
+    assert said == {"class codes by SMOTE": "too few", "maps by peer": "it has no gradient"}
+    blind = rows().assign(features=None)
+    assert "no linear layer" in tables.skipped_table(blind, tables.map_rows(blind), {}).iloc[-1].reason
+
+
+def test_tables_of_nothing_are_empty_and_have_columns() -> None:
+    none = rows()[3:].assign(donor=None, counterfactuals=None, new_classes=None)
+    maps = tables.map_rows(none)
+    perturbation = tables.perturbation_table(maps, {})
+    empty = [perturbation, tables.agreement_table(perturbation), tables.localisation_table(maps),
+             tables.skipped_table(none, maps, {}), tables.counterfactual_table(none),
+             tables.new_code_table(none, NAMES), tables.swap_table(none, NAMES)]  # fmt: skip
+    for table in empty:
+        assert table.empty and len(table.columns) > 2
+    assert tables.ways_by_direction(none, "test", NAMES) == {}
+
+
+def test_new_codes_are_counted_by_their_class() -> None:
+    given = pd.DataFrame({"new_classes": [[0, 1, 1], None, [1, 0]], "new_predicted": [[0, 1, 0], None, [1, 1]]})
+    table = tables.new_code_table(given, NAMES).set_index("class_name")
+    assert table.codes.to_dict() == {"plain": 2, "spot": 3}
+    np.testing.assert_allclose(table.right[["plain", "spot"]], [1 / 2, 2 / 3])
+
+
+def generated(count: int) -> pd.DataFrame:
+    """Images of class 0, each with a swap to class 1; a third of the ways dips."""
+    rng = np.random.default_rng(0)
+    out = []
+    for i in range(count):
+        way = [0.1, 0.5, 0.4, 0.9] if i % 3 == 0 else [0.1, 0.5, 0.495, 0.9]
+        swap = {"kind": "swap", "target": 1, "valid": i % 2 == 0, "oracle_valid": None, "l1": 0.1 * i, "l2": 0.2,
+                "sparsity": 0.3, "identity": 0.8, "features": rng.normal(size=4), "way": way}  # fmt: skip
+        same = swap | {"kind": "reconstruction", "target": 0, "way": None}
+        out.append({"id": str(i), "split": "val", "source": 0, "measured": True, "identity_of_others": 0.5,
+                    "features": rng.normal(size=4), "counterfactuals": [same, swap]})  # fmt: skip
+    real = [{"id": f"real {i}", "split": "val", "source": 1, "measured": True, "features": rng.normal(size=4),
+             "counterfactuals": None} for i in range(count)]  # fmt: skip
+    return pd.DataFrame([*out, *real])
+
+
+def test_counterfactuals_are_means_and_kid_is_to_real_images_of_the_class() -> None:
+    frame = generated(12)
+    table = tables.counterfactual_table(frame).set_index("kind")
+    swap = table.loc["swap"]
+    assert (swap.images, swap.valid, swap.identity_of_others) == (12, 0.5, 0.5)
+    assert np.isclose(swap.l1, 0.1 * np.mean(range(12))) and np.isnan(swap.oracle_valid)
+    assert np.isclose(swap.monotone, 8 / 12) and np.isnan(table.monotone["reconstruction"])
+    made = np.stack([row.counterfactuals[1]["features"] for row in frame[:12].itertuples()])
+    real = np.stack(frame.features[12:].to_list())
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return (np.dot(a, b) / 4 + 1) ** 3
+
+    def mean(a: np.ndarray, b: np.ndarray, same: bool) -> float:
+        return np.mean([kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if not (same and i == j)])
+
+    expected = mean(made, made, True) + mean(real, real, True) - 2 * mean(made, real, False)
+    assert np.isclose(swap.kid, expected)
+    assert np.isnan(tables.counterfactual_table(generated(9)).kid).all()  # too few to say
+    ways = tables.ways_by_direction(frame, "val", NAMES)
+    assert list(ways) == ["plain to spot"]
+    p, monotone = ways["plain to spot"]
+    assert p.shape == (12, 4) and np.isclose(monotone, 8 / 12)
+
+
+def test_seconds_are_ordered_and_held_against_cae() -> None:
+    given = pd.DataFrame([
+        {"kind": "part", "name": "decode a frame", "seconds": 0.01, "images": 8},
+        {"kind": "method", "name": "LIME", "seconds": 3.0, "images": 8},
+        {"kind": "method", "name": "CAE", "seconds": 0.5, "images": 8},
+    ])  # fmt: skip
+    table = tables.time_table(given)
+    assert table.name.to_list() == ["CAE", "LIME", "decode a frame"]
+    np.testing.assert_allclose(table.times_cae, [1, 6, 0.02])
+
+
+def test_training_has_the_rate_that_was_logged_last() -> None:
+    stages = {"classify": {"seconds": 10.0}, "train": {"seconds": 60.0}}
+    table = tables.training_table(stages, {"pairs_per_second": [(200, 4.0), (400, 5.0)]}).set_index("stage")
+    assert table.seconds["classify"] == 10 and table.seconds["train"] == 60 and pd.isna(table.seconds["embed"])
+    assert (table.pairs["train"], table.pairs_per_second["train"]) == (400, 5.0)
+    assert pd.isna(tables.training_table(stages, {}).pairs).all()
+
+
+def test_the_page_has_a_row_a_method_and_marks_who_was_told() -> None:
+    perturbation = tables.perturbation_table(tables.map_rows(rows()), {"peer": ("blur",)})
+    disjoint, paper, areas, cover = report.perturbation_tables(perturbation)
+    caption, header, body = disjoint
+    assert caption.startswith("test, disjoint") and caption.endswith("3 images")
+    assert header == ["method", "AOPC, uniform", "CAE minus this", "PD, uniform", "AOPC, blur", "CAE minus this",
+                      "PD, blur"]  # fmt: skip
+    assert [line[0] for line in body] == ["CAE", "peer", "random"]
+    peer = body[1]
+    assert peer[1] == pytest.approx(0.25) and str(peer[5]).endswith("*") and not str(peer[2]).endswith("*")
+    assert str(peer[2]).startswith("+0.350 (") and body[0][2] == ""
+    assert all(len(line) == len(head) for _, head, lines in (disjoint, paper, areas, cover) for line in lines)
+    (located,) = report.localisation_tables(tables.localisation_table(tables.map_rows(rows())))
+    assert located[1][:2] == ["method", "pointing game"] and len(located[2]) == 3
