@@ -1,4 +1,4 @@
-"""Do the maps follow the classifier? Rank correlation of a run's maps with those of other classifiers.
+"""Do the maps follow the classifier? How alike a run's maps are to those of other classifiers.
 
 Against the maps of a finished run, on the same images towards the same classes:
 
@@ -24,24 +24,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from methods import examples, methods, networks
 from PIL import Image
 from record import append, machine
-from scipy.stats import spearmanr
-from torch import nn
 
-from cae import classifiers, training
-from cae.classifiers import BlackBox
-from cae.explain import explain
-from cae.images import to_tensor
 from cae.metrics import paired_bootstrap
-from cae.networks import CAE
+from cae.sanity import cascade, rank_correlation, structural_similarity
 from pipelines.bulk import read_images, read_table
-from pipelines.cluster import place
-from pipelines.explain import read_counter_codes
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")
 FULL = Path(__file__).parents[1] / "pipelines" / "full.py"
+MAPS = "CAE, integrated"  # the default mode
 
 
 @dataclass(frozen=True)
@@ -73,46 +67,14 @@ def permuted_data(run: Run, folder: Path, seed: int) -> None:
             Image.fromarray(image).save(path)
 
 
-def maps(
-    run: Run, blackbox: BlackBox, cae: CAE, images: np.ndarray, source: np.ndarray, target: np.ndarray
-) -> np.ndarray:
-    """Maps (N, H * W) in the default mode, towards the classes' counter codes of `run`."""
-    counters = read_counter_codes(run)
-    codes = torch.from_numpy(np.stack([counters[int(label)][1] for label in target]))
-    x, a, b = to_tensor(images), torch.from_numpy(source), torch.from_numpy(target)
-    found = [explain(cae, blackbox, x[i], a[i], b[i], codes[i]).map for i in torch.arange(len(x)).split(32)]
-    return torch.cat(found).flatten(1).numpy()
-
-
-def networks(run: Run) -> tuple[BlackBox, CAE]:
-    """A run's classifier and CAE."""
-    chosen = run.result("classify")
-    blackbox = classifiers.load(chosen["spec"], tuple(chosen["classes"]))
-    return place(blackbox, "cpu"), place(training.load(run.path("cae")), "cpu")
-
-
-def randomised(blackbox: BlackBox, seed: int) -> BlackBox:
-    """The classifier with the weights of every layer drawn anew."""
-    torch.manual_seed(seed)
-    for module in blackbox.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight)
-    return blackbox
-
-
 def main(options: Options, rest: list[str]) -> None:
     """Measure and append to the table."""
     run = Run(options.run)
     blackbox, cae = networks(run)
-    table = read_table(run, "codes", ["id", "split", "predicted"]).to_pandas()
-    chosen = table[table.split == "val"].sample(options.images, random_state=options.seed)
-    size = cae.config.image_size
-    images = read_images(run, chosen.id.to_numpy(), size, "crop")
-    p = blackbox.probabilities(to_tensor(images)).numpy()
-    source, target = p.argmax(1), p.argsort(1)[:, -2]
-    original = maps(run, blackbox, cae, images, source, target)
-    others = {"other image": np.roll(original, 1, 0)}
-    others["random weights"] = maps(run, randomised(networks(run)[0], options.seed), cae, images, source, target)
+    given = examples(run, blackbox, options.images, options.seed)
+    original = methods(run, cae)[MAPS](blackbox, *given)
+    *_, (_, random) = cascade(blackbox, options.seed)
+    others = {"other image": original.roll(1, 0), "random weights": methods(run, cae)[MAPS](random, *given)}
     if options.work:
         work = Path(options.work).absolute()
         if not (work / "data").exists():
@@ -127,14 +89,16 @@ def main(options: Options, rest: list[str]) -> None:
             command = [sys.executable, str(FULL), *folders, "--stages", *stages, *more, *rest]
             subprocess.run(command, check=True)
             retrained = Run(str(work / name))
-            others[name] = maps(retrained, *networks(retrained), images, source, target)
+            blackbox, cae = networks(retrained)
+            others[name] = methods(retrained, cae)[MAPS](blackbox, *given)
     rows = []
     for name, heat in others.items():
-        rank = np.array([spearmanr(a, b).statistic if np.ptp(b) else 0.0 for a, b in zip(original, heat, strict=True)])
-        mean, low, high = paired_bootstrap(rank, np.zeros_like(rank))
+        rank = rank_correlation(original, heat)
+        mean, low, high = paired_bootstrap(rank, torch.zeros_like(rank))
         rows.append({
             "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
             "images": len(rank), "maps": name, "spearman": f"{mean:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
+            "ssim": f"{float(structural_similarity(original, heat).mean()):.3f}",
         })  # fmt: skip
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
     append(TABLE, rows)

@@ -307,14 +307,17 @@ def iou_at_equal_area(maps: Tensor, masks: Tensor, seed: int = 0) -> Tensor:
     return (shared / (2 * area - shared)).float()
 
 
+def mean_ranks(maps: Tensor) -> Tensor:
+    """Rank of every pixel of maps (B, H, W) from 1, the least, to H*W; equal values share their mean rank: (B, H*W)."""
+    flat = maps.flatten(1)
+    ordered = flat.sort(1).values
+    return (torch.searchsorted(ordered, flat) + torch.searchsorted(ordered, flat, right=True) + 1).double() / 2
+
+
 def pixel_auroc(maps: Tensor, masks: Tensor) -> Tensor:
     """Chance (B,) that a pixel in the mask (B, H, W) bool outranks one outside, ties half; NaN if either is missing."""
     _check(maps, masks)
-    ordered, order = maps.flatten(1).sort(1)
-    first = torch.searchsorted(ordered, ordered)
-    last = torch.searchsorted(ordered, ordered, right=True)
-    rank = (first + last + 1).double() / 2  # from 1; equal values share their mean rank
-    inside = masks.bool().flatten(1).gather(1, order)
+    rank, inside = mean_ranks(maps), masks.bool().flatten(1)
     within = inside.sum(1).double()
     outside = inside.shape[1] - within
     return (((rank * inside).sum(1) - within * (within + 1) / 2) / (within * outside)).float()

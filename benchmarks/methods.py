@@ -1,0 +1,63 @@
+"""What the sanity benchmarks share: a finished run's networks, examples of its images, and maps by every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from cae import classifiers, training
+from cae.classifiers import BlackBox
+from cae.explain import Mode, explain
+from cae.images import to_tensor
+from cae.networks import CAE
+from cae.peers.table import Peer, peers
+from pipelines.bulk import read_images, read_table
+from pipelines.cluster import place
+from pipelines.explain import BATCH, read_counter_codes
+from pipelines.run import Run
+
+Method = Callable[[BlackBox, Tensor, Tensor, Tensor], Tensor]
+"""Classifier, images (B, 3, H, W), the class it gives them (B,), the class to walk to (B,) -> maps (B, H, W)."""
+
+
+def networks(run: Run) -> tuple[BlackBox, CAE]:
+    """A run's classifier and CAE."""
+    chosen = run.result("classify")
+    blackbox = classifiers.load(chosen["spec"], tuple(chosen["classes"]))
+    return place(blackbox, "cpu"), place(training.load(run.path("cae")), "cpu")
+
+
+def examples(run: Run, blackbox: BlackBox, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images of the split val (all, where there are fewer), the classifier's class for each and its second choice."""
+    table = read_table(run, "codes", ["id", "split"]).to_pandas()
+    ids = table[table.split == "val"].id
+    ids = ids.sample(min(count, len(ids)), random_state=seed).to_numpy()
+    options = run.state["options"]
+    x = to_tensor(read_images(run, ids, options["model"]["image_size"], options["fit"]))
+    order = blackbox.probabilities(x).argsort(1, descending=True)
+    return x, order[:, 0], order[:, 1]
+
+
+def methods(run: Run, cae: CAE) -> dict[str, Method]:
+    """The CAE in each of its modes, towards the run's codes of the classes, and every peer, by name."""
+    counters = {label: torch.from_numpy(code) for label, (_, code) in read_counter_codes(run).items()}
+    modes = {f"CAE, {mode}": partial(_of_cae, cae, counters, mode) for mode in get_args(Mode)}
+    return modes | {name: partial(_of_peer, peer) for name, peer in peers(cae).items()}
+
+
+def _of_cae(
+    cae: CAE, counters: dict[int, Tensor], mode: Mode, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor
+) -> Tensor:
+    codes = torch.stack([counters[label] for label in target.tolist()])
+    chunks = zip(*(given.split(BATCH) for given in (x, source, target, codes)), strict=True)
+    return torch.cat([explain(cae, blackbox, *chunk, mode=mode).map for chunk in chunks])
+
+
+def _of_peer(peer: Peer, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    return torch.cat(
+        [peer.maps(blackbox, a, b).detach() for a, b in zip(x.split(BATCH), source.split(BATCH), strict=True)]
+    )
