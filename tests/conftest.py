@@ -26,11 +26,15 @@ BAD = {
 }
 
 
+# Of a user who tracks nowhere in particular: MLflow, used in this process, would tell commands to track where it does.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+
+
 def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a pipeline as a user does, from another folder."""
     return subprocess.run(
         [sys.executable, str(ROOT / "pipelines" / script), *words],
-        capture_output=True, text=True, timeout=500, cwd="/", env=os.environ | env,
+        capture_output=True, text=True, timeout=500, cwd="/", env=ENVIRONMENT | env,
     )  # fmt: skip
 
 
