@@ -26,15 +26,13 @@ BAD = {
 }
 
 
-# Of a user who tracks nowhere in particular: MLflow, used in this process, would tell commands to track where it does.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-
-
 def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a pipeline as a user does, from another folder."""
+    # MLflow, used in this process, would have commands track where it does.
+    around = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     return subprocess.run(
         [sys.executable, str(ROOT / "pipelines" / script), *words],
-        capture_output=True, text=True, timeout=500, cwd="/", env=ENVIRONMENT | env,
+        capture_output=True, text=True, timeout=500, cwd="/", env=around | env,
     )  # fmt: skip
 
 
