@@ -15,17 +15,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from matplotlib.figure import Figure
-from methods import Method, examples, methods, networks
+from methods import Method, alikeness, examples, methods, networks
 from record import append, machine
 from torch import Tensor
 
 from cae.classifiers import BlackBox
 from cae.figures import COLOURS
-from cae.metrics import paired_bootstrap
-from cae.sanity import cascade, rank_correlation, structural_similarity
+from cae.sanity import cascade
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -72,26 +70,24 @@ def main(options: Options) -> None:
         return found[name](classifier, x[:few], source[:few], target[:few])
 
     begun = time.time()
-    original = {name: maps(name, blackbox) for name in found}
-    alike = {(name, OTHER): (heat, heat.roll(1, 0)) for name, heat in original.items()}
-    for stage, random in cascade(blackbox, options.seed):
-        print(f"{stage}  {time.time() - begun:.0f} s", flush=True)
-        alike |= {(name, stage): (original[name], maps(name, random)) for name in found}
+    rows: list[dict[str, object]] = []
     common = {"date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
               "seed": options.seed}  # fmt: skip
-    rows = []
-    for (name, drawn), (a, b) in alike.items():
-        rank = rank_correlation(a, b)
-        mean, low, high = paired_bootstrap(rank, torch.zeros_like(rank))
-        rows.append(common | {
-            "method": name, "queries": asked[name], "images": len(a), "drawn_anew_down_to": drawn,
-            "spearman": f"{mean:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
-            "ssim": f"{float(structural_similarity(a, b).mean()):.3f}",
-        })  # fmt: skip
-    append(TABLE, rows)
+    original = {name: maps(name, blackbox) for name in found}
+
+    def compare(level: str, others: dict[str, Tensor]) -> None:
+        new = [common | {"method": name, "queries": asked[name], "drawn_anew_down_to": level}
+               | alikeness(heat, others[name]) for name, heat in original.items()]  # fmt: skip
+        append(TABLE, new)
+        rows.extend(new)
+        print(f"{level}  {time.time() - begun:.0f} s", flush=True)
+
+    compare(OTHER, {name: heat.roll(1, 0) for name, heat in original.items()})
+    for stage, random in cascade(blackbox, options.seed):
+        compare(stage, {name: maps(name, random) for name in found})
     draw(rows).savefig(TABLE.with_suffix(".png"), dpi=120)
     stages = list(dict.fromkeys(row["drawn_anew_down_to"] for row in rows))
-    print(f"rank correlation, {time.time() - begun:.0f} s\n{'':28}" + "".join(f"{stage:>12}" for stage in stages))
+    print(f"rank correlation\n{'':28}" + "".join(f"{stage:>12}" for stage in stages))
     for name in found:
         print(f"{name:28}" + "".join(f"{row['spearman']:>12}" for row in rows if row["method"] == name))
 

@@ -1,4 +1,4 @@
-"""What the sanity benchmarks share: a finished run's networks, examples of its images, and maps by every method."""
+"""What the sanity benchmarks share: a run's networks and images, the maps of every method, and how alike they are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from cae import classifiers, training
 from cae.classifiers import BlackBox
 from cae.explain import Mode, explain
 from cae.images import to_tensor
+from cae.metrics import paired_bootstrap
 from cae.networks import CAE
 from cae.peers.table import Peer, peers
+from cae.sanity import rank_correlation, structural_similarity
 from pipelines.bulk import read_images, read_table
 from pipelines.cluster import place
 from pipelines.explain import BATCH, read_counter_codes
@@ -47,6 +49,14 @@ def methods(run: Run, cae: CAE) -> dict[str, Method]:
     counters = {label: torch.from_numpy(code) for label, (_, code) in read_counter_codes(run).items()}
     modes = {f"CAE, {mode}": partial(_of_cae, cae, counters, mode) for mode in get_args(Mode)}
     return modes | {name: partial(_of_peer, peer) for name, peer in peers(cae).items()}
+
+
+def alikeness(a: Tensor, b: Tensor) -> dict[str, object]:
+    """How alike each two maps of a and b (N, H, W) are, mean over N; of the rank correlation with its 95% interval."""
+    rank = rank_correlation(a, b)
+    mean, low, high = paired_bootstrap(rank, torch.zeros_like(rank))
+    return {"images": len(rank), "spearman": f"{mean:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
+            "ssim": f"{float(structural_similarity(a, b).mean()):.3f}"}  # fmt: skip
 
 
 def _of_cae(

@@ -22,14 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
-from methods import examples, methods, networks
+from methods import alikeness, examples, methods, networks
 from PIL import Image
 from record import append, machine
 
-from cae.metrics import paired_bootstrap
-from cae.sanity import cascade, rank_correlation, structural_similarity
+from cae.sanity import cascade
 from pipelines.bulk import read_images, read_table
 from pipelines.run import Run
 
@@ -54,7 +52,7 @@ class Options:
 
 def permuted_data(run: Run, folder: Path, seed: int) -> None:
     """The run's train and val images as PNG files in class folders, those of train with their labels shuffled."""
-    size, names = run.state["options"]["image_size"], run.result("classify")["classes"]
+    size, names = run.state["options"]["model"]["image_size"], run.result("classify")["classes"]
     table = read_table(run, "predictions", ["id", "split", "label"]).to_pandas()
     rng = np.random.default_rng(seed)
     for split in ("train", "val"):
@@ -93,12 +91,9 @@ def main(options: Options, rest: list[str]) -> None:
             others[name] = methods(retrained, cae)[MAPS](blackbox, *given)
     rows = []
     for name, heat in others.items():
-        rank = rank_correlation(original, heat)
-        mean, low, high = paired_bootstrap(rank, torch.zeros_like(rank))
         rows.append({
             "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
-            "images": len(rank), "maps": name, "spearman": f"{mean:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
-            "ssim": f"{float(structural_similarity(original, heat).mean()):.3f}",
+            "maps": name, **alikeness(original, heat),
         })  # fmt: skip
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
     append(TABLE, rows)

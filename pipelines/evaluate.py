@@ -63,9 +63,9 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     full = options.tables == "full"
     plan = make_plan(run, options)
     common = {"spec": chosen["spec"], "names": names, "size": options.model.image_size, "fit": options.fit,
-              "device": device_of(options), "modes": own_modes(options)}  # fmt: skip
+              "device": device_of(options), "ways": read_ways(run, options), "modes": own_modes(options)}  # fmt: skip
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
-         ways=read_ways(run, options), oracle=oracle, full=full, draws=options.draws, seed=options.seed)  # fmt: skip
+         oracle=oracle, full=full, draws=options.draws, seed=options.seed)  # fmt: skip
     rows = read_table(run, "evaluation/images").to_pandas()
     maps = tables.map_rows(rows)
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()

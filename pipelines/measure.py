@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cae import classifiers, counterfactuals, metrics, training
 from cae.classifiers import BlackBox
-from cae.explain import along, explain
+from cae.explain import along, explain, over_donors
 from cae.images import Fit, load, to_tensor
 from cae.metrics import Fill
 from cae.networks import CAE
@@ -39,9 +39,9 @@ WALK = 9  # frames of a straight path between two class codes
 AT_ONCE = 16  # images that a method is given, or walked with, at once
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 BRIEF_PEERS = ("Grad-CAM",)
-Method = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Images (B, 3, S, S), b's classes (B,), classes to walk to (B,) and waypoints of the path there (B, W, D) -> maps
-(B, S, S)."""
+Method = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]
+"""Images (B, 3, S, S), b's classes (B,), classes to walk to (B,), waypoints of all paths there (n, W, D) and how many
+of these paths are each image's, in turn (B,) -> maps (B, S, S)."""
 # What a method says by raising when it cannot work with a classifier: one without gradients or layers, for example.
 UNFIT = (ValueError, RuntimeError, AttributeError, TypeError)
 
@@ -54,14 +54,16 @@ def methods(
     `modes` gives the names of the CAE's own and, for each, what `explain` takes.
     """
 
-    def of_cae(how: dict[str, Any], *question: Tensor) -> Tensor:
-        return explain(cae, blackbox, *question, **how).map
+    def of_cae(how: dict[str, Any], x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor,
+               counts: list[int]) -> Tensor:  # fmt: skip
+        each = torch.arange(len(x), device=x.device).repeat_interleave(torch.tensor(counts, device=x.device))
+        return over_donors(explain(cae, blackbox, x[each], source[each], target[each], waypoints, **how), counts).map
 
-    def of_peer(maps: Callable[[BlackBox, Tensor, Tensor], Tensor], x: Tensor, source: Tensor, *_: Tensor) -> Tensor:
+    def of_peer(maps: Callable[[BlackBox, Tensor, Tensor], Tensor], x: Tensor, source: Tensor, *_: Any) -> Tensor:
         return maps(blackbox, x, source).detach()
 
     @torch.no_grad()
-    def against_reconstruction(x: Tensor, *_: Tensor) -> Tensor:
+    def against_reconstruction(x: Tensor, *_: Any) -> Tensor:
         return controls.reconstruction_error(x, cae.decode(*cae.encode(x)))
 
     found: dict[str, Method] = {name: partial(of_cae, how) for name, how in modes.items()}
@@ -87,6 +89,12 @@ def walk(
     frames = [cae.decode(along(corners, t.expand(len(start))), individual) for t in shares]
     p = [blackbox.probabilities(frame).gather(1, target[:, None])[:, 0] for frame in frames]
     return torch.stack(frames, 1), torch.stack(p, 1)
+
+
+def waypoints_of(ways: Ways, ids: list[str], code: Tensor, target: Tensor) -> tuple[Tensor, list[int]]:
+    """Waypoints (n, W, D) of the paths from class codes (B, D) to the classes `target` (B,), and how many are whose."""
+    donors, waypoints = ways.find(ids, code.float().cpu().numpy(), target.tolist())
+    return torch.from_numpy(waypoints).to(code.device), [len(of_image) for of_image in donors]
 
 
 def answered(run: Run, part: str, ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -212,10 +220,7 @@ class MeasureWorker:
                  answers: list[dict[str, Any]]) -> None:  # fmt: skip
         """Measure the maps of images whose explanations are `answers`; of measured ones, the counterfactuals too."""
         target = torch.tensor([answer["target"] for answer in answers], device=self.device)
-        # Of several counter codes of an image the first one.
-        ids, codes = [row["id"] for row in rows], seen.code.float().cpu().numpy()
-        donors, found = self.ways.find(ids, codes, target.tolist())
-        waypoints = torch.from_numpy(found[np.cumsum([0, *map(len, donors)])[:-1]]).to(self.device)  # (B, W, D)
+        waypoints, counts = waypoints_of(self.ways, [row["id"] for row in rows], seen.code, target)
         kept = self._tensor([answer["map"] for answer in answers]).view(-1, self.size, self.size)
         _measure_grid(rows, {"map": kept[:, None]})
         for row in rows:
@@ -223,7 +228,7 @@ class MeasureWorker:
         for name, method in self.methods.items():
             try:
                 # What is measured under the name CAE is what the run has given its user.
-                heat = kept if name == "CAE" else method(seen.x, seen.source, target, waypoints)
+                heat = kept if name == "CAE" else method(seen.x, seen.source, target, waypoints, counts)
             except UNFIT as error:
                 for row in rows:
                     row["maps"].append({"method": name, "error": str(error).splitlines()[0]})
@@ -235,9 +240,9 @@ class MeasureWorker:
             chosen, of = seen[judged], [rows[k] for k in judged]
             self._image_features(of, chosen)
             self._counterfactual("reconstruction", of, chosen, chosen.reconstruction, chosen.source)
-            end = explain(self.cae, self.blackbox, chosen.x, chosen.source, target[judged], waypoints[judged],
-                          **self.own)  # fmt: skip
-            way = walk(self.cae, self.blackbox, chosen.code, waypoints[judged], chosen.individual, target[judged])[1]
+            first = waypoints[np.cumsum([0, *counts])[judged]]  # of several counter codes of an image
+            end = explain(self.cae, self.blackbox, chosen.x, chosen.source, target[judged], first, **self.own)
+            way = walk(self.cae, self.blackbox, chosen.code, first, chosen.individual, target[judged])[1]
             self._counterfactual("explanation", of, chosen, end.frames[:, -1], target[judged], way)
         swapped = [k for k in judged if tasks[k]["donor"] is not None]
         if swapped:

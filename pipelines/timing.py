@@ -15,9 +15,9 @@ from cae import classifiers, training
 from cae.images import Fit, to_tensor
 from pipelines.bulk import Unit, decode_all, read_unit
 from pipelines.cluster import place
-from pipelines.explain import read_counter_codes
-from pipelines.measure import CONTROLS, UNFIT, answered, methods
+from pipelines.measure import CONTROLS, UNFIT, answered, methods, waypoints_of
 from pipelines.run import Run
+from pipelines.ways import Ways
 
 TIMED = 8  # images, given to each method as one batch
 ROUNDS = 2  # over all methods; the faster one counts, as other work on the machine only ever adds
@@ -26,12 +26,12 @@ ROUNDS = 2  # over all methods; the faster one counts, as other work on the mach
 class TimeWorker:
     """Times every method, and the parts that a CAE's map is made of, on the images that a unit's `tasks` name."""
 
-    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str,
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
                  modes: dict[str, dict[str, Any]]) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device = run, size, fit, device
         self.blackbox = place(classifiers.load(spec, names), device)
         self.cae = place(training.load(run.path("cae")), device)
-        self.counters = read_counter_codes(run)
+        self.ways = ways
         self.methods = {name: f for name, f in methods(self.blackbox, self.cae, modes, True).items()
                         if name not in CONTROLS}  # fmt: skip
 
@@ -39,13 +39,11 @@ class TimeWorker:
         table = read_unit(self.run, unit).take([task["row"] for task in unit["tasks"]])
         ids = table["id"].to_pylist()
         answers = answered(self.run, unit["explanations"], ids)
-        target = [answers[name]["target"] for name in ids]
+        target = torch.tensor([answers[name]["target"] for name in ids], device=self.device)
         x = to_tensor(decode_all(table["image"].to_pylist(), self.size, self.fit)[0], self.device)
-        counter = torch.from_numpy(np.stack([self.counters[label][1] for label in target])).to(self.device)
-        question = x, self.blackbox.probabilities(x).argmax(1), torch.tensor(target, device=self.device), counter
-
         with torch.no_grad():
             code, individual = self.cae.encode(x)
+        question = x, self.blackbox.probabilities(x).argmax(1), target, *waypoints_of(self.ways, ids, code, target)
 
         def gradient() -> torch.Tensor:
             point = x.clone().requires_grad_()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import mlflow
 import numpy as np
@@ -17,14 +20,18 @@ from conftest import BAD, TINY, command, state
 
 from cae import classifiers, training
 from cae.config import ClassifierConfig
+from cae.explain import Mode
 from cae.images import decode, to_tensor
+from cae.metrics import Fill
 from cae.networks import from_authors
+from cae.peers.table import peers
 from pipelines.bulk import read_images, shard_units
-from pipelines.explain import ExplainWorker
-from pipelines.measure import MeasureWorker
+from pipelines.evaluate import NEW_CODES
+from pipelines.explain import ExplainOptions, ExplainWorker
+from pipelines.measure import CONTROLS, MeasureWorker
 from pipelines.run import Run
-from pipelines.tables import swap_table
-from pipelines.ways import Ways
+from pipelines.tables import map_rows, swap_table
+from pipelines.ways import Ways, read_ways
 
 # What the worker of stage evaluate is told besides the networks, and a task that asks for nothing.
 WAYS = Ways("runner-up", "medoid", 1, "linear", 0, {}, codes=np.eye(8, dtype=np.float32))
@@ -215,6 +222,66 @@ def test_a_second_classifier_is_asked_about_every_swap(finished: Path, tmp_path:
     own, other = tables.values()
     assert own.oracle_success == own.success and own.oracle_agrees_on_images == 1
     assert other.success == own.success and other.oracle_agrees_on_images < 1  # an untrained one
+
+
+def test_a_method_that_cannot_work_with_the_classifier_is_left_out_with_its_reason(finished: Path) -> None:
+    run = Run(str(finished))
+    unit = shard_units(run, ("test",))[0]
+    asks = NOTHING | {"measured": True, "located": True, "shown": True}
+    unit |= {"tasks": [asks | {"row": i} for i in range(3)], "explanations": unit["part"]}
+    worker = MeasureWorker(run, str(finished / "classifier"), ("plain", "spot"), 32, "crop", "cpu",
+                           **HOW | {"ways": read_ways(run, ExplainOptions())})  # fmt: skip
+    worker.blackbox.cam_layer = "nowhere"
+
+    def broken(x: torch.Tensor, *_: object) -> torch.Tensor:
+        maps = x.mean(1)
+        maps[1] = torch.nan
+        return maps
+
+    worker.methods["broken"] = broken
+    rows = worker(unit).to_pandas()
+    maps = map_rows(rows)
+    reasons = {(row.method, row.id): row.error for row in maps.itertuples() if row.error is not None}
+    assert set(reasons) == {("Grad-CAM", name) for name in rows.id} | {("broken", rows.id[1])}
+    assert "nowhere" in reasons["Grad-CAM", rows.id[0]] and "not finite" in reasons["broken", rows.id[1]]
+    fine = maps[maps.error.isna()]
+    assert fine.curves.notna().all() and fine.map.notna().all() and len(fine) == 5 * 3 + 2
+
+
+def test_the_full_set_measures_every_method_under_every_fill(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    oracle = str(finished / "classifier")
+    words = ["--again", "--tables", "full", "--evaluated", "2", "--draws", "1", "--oracle", oracle]
+    done = command("evaluate.py", "--run", str(folder), *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables = {path.stem: pd.read_csv(path, keep_default_na=False) for path in (folder / "evaluation").glob("*.csv")}
+    own = {"CAE"} | {f"CAE {mode}" for mode in get_args(Mode) if mode != "integrated"}
+    compared = own | set(peers(training.load(str(folder / "cae"))))
+    for split in ("val", "test"):
+        aopc = tables["perturbation"]
+        aopc = aopc[(aopc.split == split) & (aopc.measure == "aopc")]
+        assert set(zip(aopc.fill, aopc.form, strict=True)) == set(product(get_args(Fill), ("disjoint", "paper")))
+        for _, part in aopc.groupby(["fill", "form"]):
+            assert set(part.method) == compared | set(CONTROLS) and set(part.images) == {2}
+    told = tables["perturbation"].query("told == 'True' or told == True")
+    assert {(row.method, row.fill) for row in told.itertuples()} == {
+        (name, fill) for name, peer in peers().items() for fill in peer.told
+    }  # fmt: skip
+    times = tables["time_per_map"]
+    assert set(times.name[times.kind == "method"]) == compared and (times.seconds > 0).all()
+    assert tables["new_codes"].codes.sum() == 2 * NEW_CODES and tables["skipped"].empty
+    counterfactuals = tables["counterfactuals"]
+    assert set(counterfactuals.kind) == {"reconstruction", "explanation", "swap"}
+    assert (counterfactuals.valid == counterfactuals.oracle_valid).all()  # the oracle is the classifier itself
+    pictures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"perturbation", "perturbation_blur", "perturbation_inpaint", "differences", "maps"} <= pictures
+    page = (folder / "report.html").read_text()
+    assert all(html.escape(name) in page for name in compared | set(CONTROLS))
+    client = mlflow.MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    metrics = client.get_run(state(folder)["mlflow_run_id"]).data.metrics
+    assert {"aopc_disjoint/cae", "aopc_disjoint_blur/val/integrated_gradients_blur", "seconds_per_map/rise",
+            "insertion_inpaint/test/cae_path"} <= set(metrics)  # fmt: skip
 
 
 def test_images_are_read_in_the_order_asked_for_however_often(finished: Path) -> None:
