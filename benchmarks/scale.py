@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -114,7 +115,7 @@ def main(options: Options) -> None:
             found[stage, size] = measured(stage, folder, *words)
             print(f"{stage:9} {size:,} images  " + "  ".join(f"{k} {v:.0f}" for k, v in found[stage, size].items()),
                   flush=True)  # fmt: skip
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for stage in MEASURED:
         for before, size in pairwise((0, *options.sizes)):
             now = found[stage, size]
