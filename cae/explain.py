@@ -22,6 +22,7 @@ Mode = Literal["integrated", "patch", "path", "contrast", "input"]
 # `integrated` gains nothing from it (benchmarks/README.md), and `patch` looks at the path's two ends only.
 SEARCH = (8, 4)
 SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "patch": (1, 0)}
+GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
 PIXELS_AT_ONCE = 512 * 64 * 64  # decoded together; bounds memory whatever the images' size
 
@@ -73,7 +74,7 @@ def along(corners: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor, *,
-            mode: Mode = "integrated", smooth: float = 0.025, steps: int | None = None, refine: int | None = None,
+            mode: Mode = "integrated", smooth: float = 0.05, steps: int | None = None, refine: int | None = None,
             margin: float = 0.0, window: float = 0.125, codes: tuple[Tensor, Tensor] | None = None,
             ) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards counter codes of class `target` (B,).
@@ -84,7 +85,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     found to 1 / (steps * 2^refine) of the way by bisection; both as the mode needs where not given: 8 and 4, and for
     `integrated` and `patch` on a straight way 1 and 0. `codes`, as `cae.encode` gives them, save encoding x. Maps:
 
-    - `integrated`: the path's changes made to the image itself, weighted by b's gradient; see `_integrated`;
+    - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_patch`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
@@ -154,10 +155,10 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     weight = p_target.diff(dim=1).clamp(min=0)  # (B, K)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
     if mode == "integrated":
-        heat = _integrated(blackbox, x, walked, first, source, target, at_once)
+        heat = _integrated(blackbox, torch.cat([x[:, None], walked[:, 1:]], 1), first, source, target, at_once)
     elif mode == "patch":
         pixels = max(1, round(window * min(size)))
-        heat = _patch(blackbox, x, end - walked[:, 0], source, target, pixels, at_once)
+        heat = _patch(blackbox, x, end, source, target, pixels, at_once)
     elif mode == "path":
         heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:
@@ -214,40 +215,41 @@ def over_donors(found: Explanation, counts: list[int]) -> Explanation:
     )  # fmt: skip
 
 
-def _integrated(blackbox: BlackBox, x: Tensor, walked: Tensor, first: Tensor, source: Tensor, target: Tensor,
+def _integrated(blackbox: BlackBox, way: Tensor, first: Tensor, source: Tensor, target: Tensor,
                 at_once: int) -> Tensor:  # fmt: skip
-    """What each pixel's change along the path does to b when it is made to the image itself; signed, (B, H, W).
+    """Each pixel's part in what the way from an image to its counterfactual does to b; signed, (B, H, W).
 
-    With d_k = frame_k - frame_0 of the frames walked (B, K + 1, 3, H, W), the sum over k of (gradient of b's target
-    minus source logit at x + (d_{k-1} + d_k) / 2) * (d_k - d_{k-1}), over channels too: path-integrated gradients
-    (Sundararajan et al. 2017) along the counterfactual path. So the map sums to what the path's changes do to that
-    logit in x, up to the quadrature. Asked at x and not at the frames, b says nothing about what the reconstruction
-    added or lost. Frames from `first` (B,) on are all alike and are left out.
+    The way (B, K + 1, 3, H, W) has the image at its start and then the path's frames; the sum over k of (gradient of
+    b's target minus source logit between image_{k-1} and image_k) * (image_k - image_{k-1}), over channels too, by two
+    Gauss-Legendre points a step: path-integrated gradients (Sundararajan et al. 2017) with the counterfactual in the
+    place of a baseline. So the map sums to that logit at the counterfactual minus at the image, up to the quadrature.
+    Starting at the image and not at its reconstruction, it also shows what b loses there, such as fine texture: a part
+    of why b changes its mind. Images from `first` (B,) on are all alike and are left out.
     """
-    heat = torch.zeros_like(x[:, 0])
-    used = torch.arange(walked.shape[1] - 1, device=x.device) < first[:, None]  # (B, K)
+    heat = torch.zeros_like(way[:, 0, 0])
+    used = torch.arange(way.shape[1] - 1, device=way.device) < first[:, None]  # (B, K)
     for chunk in used.nonzero().split(at_once):
         image, step = chunk.T
-        before, after = walked[image, step], walked[image, step + 1]
-        point = x[image] + (before + after) / 2 - walked[image, 0]
-        with torch.enable_grad():
-            wanted = _logit_lead(blackbox, point.requires_grad_(), source[image], target[image])
-            (gradient,) = torch.autograd.grad(wanted.sum(), point)
-        heat.index_add_(0, image, (gradient * (after - before)).sum(1))
+        before, after = way[image, step], way[image, step + 1]
+        for share in GAUSS_LEGENDRE:
+            with torch.enable_grad():
+                point = torch.lerp(before, after, share).requires_grad_()
+                wanted = _logit_lead(blackbox, point, source[image], target[image])
+                (gradient,) = torch.autograd.grad(wanted.sum(), point)
+            heat.index_add_(0, image, (gradient * (after - before)).sum(1) / len(GAUSS_LEGENDRE))
     return heat
 
 
-def _patch(blackbox: BlackBox, x: Tensor, change: Tensor, source: Tensor, target: Tensor, window: int,
+def _patch(blackbox: BlackBox, x: Tensor, end: Tensor, source: Tensor, target: Tensor, window: int,
            at_once: int) -> Tensor:  # fmt: skip
-    """What a square window of the path's change does to b in the image, and when it is undone; signed, (B, H, W).
+    """What a square window of the counterfactual does to b in the image, and one of the image in it; signed, (B, H, W).
 
-    With f b's target minus source logit, d the `change` (B, 3, H, W) from the reconstruction to the path's end, and m
-    the mask of a window of `window` pixels a side: the mean of f(x + m d) - f(x) and f(x + d) - f(x + d - m d), over
-    the window's area. A pixel has the mean over the windows that cover it, which stand half a window apart, those at
-    the right and lower border as far in as needed. So both maps, this and `_integrated`, are logits a pixel; for a
-    linear f this one is the other averaged over windows. The logit and not the probability, which hardly moves by any
-    window of an image that b is sure of, though that is where most images are; it takes the outputs only, for a
-    softmax's log odds are that difference.
+    With f b's target minus source logit, and m the mask of a window of `window` pixels a side: the mean of
+    f(x with `end` inside m) - f(x) and f(end) - f(end with x inside m), over the window's area. A pixel has the mean
+    over the windows that cover it, which stand half a window apart, those at the right and lower border as far in as
+    needed. So both maps, this and `_integrated`, are logits a pixel; for a linear f this one is the other averaged over
+    windows. The logit and not the probability, which hardly moves by any window of an image that b is sure of, though
+    that is where most images are; it takes the outputs only, for a softmax's log odds are that difference.
     """
     number, _, height, width = x.shape
 
@@ -258,19 +260,18 @@ def _patch(blackbox: BlackBox, x: Tensor, change: Tensor, source: Tensor, target
         return (begins <= place) & (place < begins + window)
 
     down, across = masks(height), masks(width)
-    changed = x + change
-    lead, lead_changed = (
+    lead, lead_end = (
         torch.cat([_logit_lead(blackbox, images[i], source[i], target[i]) for i in torch.arange(number).split(at_once)])
-        for images in (x, changed)
+        for images in (x, end)
     )
     effects = []
     for chunk in torch.arange(number * len(down) * len(across), device=x.device).split(max(1, at_once // 2)):
         image, place = chunk // (len(down) * len(across)), chunk % (len(down) * len(across))
         mask = (down[place // len(across), :, None] & across[place % len(across), None, :])[:, None]  # (n, 1, H, W)
-        put_in, taken_out = torch.where(mask, changed[image], x[image]), torch.where(mask, x[image], changed[image])
+        put_in, taken_out = torch.where(mask, end[image], x[image]), torch.where(mask, x[image], end[image])
         both = image.repeat(2)
         asked = _logit_lead(blackbox, torch.cat([put_in, taken_out]), source[both], target[both])
-        effects.append((asked[: len(image)] - lead[image] + lead_changed[image] - asked[len(image) :]) / 2)
+        effects.append((asked[: len(image)] - lead[image] + lead_end[image] - asked[len(image) :]) / 2)
     effect = torch.cat(effects).view(number, len(down), len(across)) / window**2
     rows, cols = down.to(effect), across.to(effect)
     return rows.T @ effect @ cols / torch.outer(rows.sum(0), cols.sum(0))

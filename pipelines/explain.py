@@ -51,14 +51,14 @@ class ExplainOptions(EmbedOptions):
     """The way to a counter code: straight, or guided: the shortest one among the training codes, from neighbour to
     neighbour."""
     mode: Mode = "integrated"
-    """How a path becomes a map: `integrated` (the path's changes made to the image itself, weighted by the classifier's
-    gradient), `patch` (the same with queries only: what each window of the changes does to the classifier in the image,
-    and when it is undone), `path` (the paper's: frame differences weighted by the rise of the target's probability),
+    """How a path becomes a map: `integrated` (what changes from the image to its counterfactual, weighted by the
+    classifier's gradient), `patch` (the same with queries only: what each window of the counterfactual does to the
+    classifier in the image, and one of the image in the counterfactual), `path` (the paper's: frame differences weighted by the rise of the target's probability),
     `contrast` (end against reconstruction) or `input` (end against image)."""
     window: float = 0.125
     """Side of the windows of mode `patch`, as a share of the image's; they stand half of it apart. 0.125 takes 452
     queries an image, 0.25 takes 100."""
-    smooth: float = 0.025
+    smooth: float = 0.05
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
     steps: int = 0
     """Steps of the path; 0: as the mode needs, 1 for `integrated` and `patch` on a linear path, else 8, then

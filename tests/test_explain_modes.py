@@ -92,7 +92,7 @@ def test_integrated_map_is_the_closed_form_where_b_is_linear() -> None:
     """Each pixel of the first blob gets its share of the logit's rise; nothing else moves b."""
     x = torch.cat([image(-0.2), image(0.1, 0.2, seed=1)])
     found = run(x, [0, 0], [1, 1], [[0.8, -0.5], [0.6, 0.2]], mode="integrated", steps=4)
-    rise = blob_means(found.frames[:, -1])[:, 0] - blob_means(found.frames[:, 0])[:, 0]
+    rise = blob_means(found.frames[:, -1])[:, 0] - blob_means(x)[:, 0]
     assert torch.allclose(found.map, (GAIN * rise / BLOBS[0].sum())[:, None, None] * BLOBS[0], atol=1e-4)
 
 
@@ -122,7 +122,7 @@ def logit_lead(b: BlackBox, x: Tensor, source: Tensor, target: Tensor) -> Tensor
 
 
 @torch.no_grad()
-def test_integrated_attributions_sum_to_the_change_of_the_logit_in_the_image_itself() -> None:
+def test_integrated_attributions_sum_to_the_change_of_the_logit_from_the_image_to_its_counterfactual() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(4, 3, SIDE, SIDE, generator=generator, dtype=torch.float64) * 2 - 1
     there, aside = torch.randn(2, 4, 1, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
@@ -131,17 +131,17 @@ def test_integrated_attributions_sum_to_the_change_of_the_logit_in_the_image_its
     def incomplete(b: BlackBox, steps: int) -> Tensor:
         """What the sums over the maps of bent ways miss of the changes."""
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None, None, None]
-        walked = there * t + aside * torch.sin(math.pi * t / 2)
+        way = x[:, None] + there * t + aside * torch.sin(math.pi * t / 2)
         first = torch.tensor([steps, (steps + 1) // 2, (steps + 7) // 8, steps])
         for i, last in enumerate(first):
-            walked[i, last:] = walked[i, last]
-        heat = cae.explain._integrated(b, x, walked, first, source, target, at_once=7)
-        change = logit_lead(b, x + walked[:, -1] - walked[:, 0], source, target) - logit_lead(b, x, source, target)
+            way[i, last:] = way[i, last]
+        heat = cae.explain._integrated(b, way, first, source, target, at_once=7)
+        change = logit_lead(b, way[:, -1], source, target) - logit_lead(b, x, source, target)
         assert change.abs().min() > 0.01
         return (heat.sum((1, 2)) - change).abs()
 
-    errors = torch.stack([incomplete(differentiable(), steps) for steps in (8, 64, 512)]).amax(1)
-    assert (errors[1:] < errors[:-1] / 32).all() and errors[-1] < 1e-6  # of second order
+    errors = torch.stack([incomplete(differentiable(), steps) for steps in (8, 32, 128)]).amax(1)
+    assert (errors[1:] < errors[:-1] / 128).all() and errors[-1] < 1e-7  # of fourth order
     for steps in (1, 5):
         assert incomplete(differentiable(linear=True), steps).max() < 1e-10
 
@@ -178,7 +178,7 @@ def test_patch_map_against_slow(window: int, monkeypatch: pytest.MonkeyPatch) ->
     blackbox = BlackBox(net.double(), tuple("abcd")).eval()
     source, target = torch.tensor([0, 1]), torch.tensor([1, 2])
     with torch.no_grad():
-        change = network.decode(codes, network.encode(x)[1]) - network(x)
+        change = network.decode(codes, network.encode(x)[1]) - x
     pairs = zip(x, change, source.tolist(), target.tolist(), strict=True)
     expected = torch.stack([slow_patch(blackbox, *each, window) for each in pairs])
     assert expected.amax() > 1e-4 and (window == 20 or expected.amin() < 0)
@@ -204,7 +204,7 @@ def test_patch_map_where_b_is_linear_is_the_attributions_averaged_over_windows()
     source, target = torch.tensor([0, 2]), torch.tensor([1, 0])
     weights = b.net[2].weight
     share = ((weights[target] - weights[source]).view_as(x) * change).sum(1)  # (B, H, W): each pixel's part
-    found = cae.explain._patch(b, x, change, source, target, 4, at_once=50)
+    found = cae.explain._patch(b, x, x + change, source, target, 4, at_once=50)
     total, count = torch.zeros_like(share), torch.zeros_like(share)
     for top in range(0, SIDE - 3, 2):
         for left in range(0, SIDE - 3, 2):
@@ -213,7 +213,7 @@ def test_patch_map_where_b_is_linear_is_the_attributions_averaged_over_windows()
             count[square] += 1
     assert torch.allclose(found, total / count)
     # A pixel at a time: the attributions themselves.
-    assert torch.allclose(cae.explain._patch(b, x, change, source, target, 1, at_once=50), share)
+    assert torch.allclose(cae.explain._patch(b, x, x + change, source, target, 1, at_once=50), share)
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def test_patch_map_of_one_window_is_the_whole_change_whatever_b() -> None:
     x, change = torch.randn(2, 3, 3, SIDE, SIDE, dtype=torch.float64)
     source, target = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
     rise = logit_lead(b, x + change, source, target) - logit_lead(b, x, source, target)
-    found = cae.explain._patch(b, x, change, source, target, SIDE, at_once=1)
+    found = cae.explain._patch(b, x, x + change, source, target, SIDE, at_once=1)
     assert torch.allclose(found, (rise / SIDE**2)[:, None, None].expand(-1, SIDE, SIDE))
 
 
