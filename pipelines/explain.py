@@ -53,8 +53,9 @@ class ExplainOptions(EmbedOptions):
     mode: Mode = "integrated"
     """How a path becomes a map: `integrated` (what changes from the image to its counterfactual, weighted by the
     classifier's gradient), `patch` (the same with queries only: what each window of the counterfactual does to the
-    classifier in the image, and one of the image in the counterfactual), `path` (the paper's: frame differences weighted by the rise of the target's probability),
-    `contrast` (end against reconstruction) or `input` (end against image)."""
+    classifier in the image, and one of the image in the counterfactual), `path` (the paper's: frame differences
+    weighted by the rise of the target's probability), `contrast` (end against reconstruction) or `input` (end against
+    image)."""
     window: float = 0.125
     """Side of the windows of mode `patch`, as a share of the image's; they stand half of it apart. 0.125 takes 452
     queries an image, 0.25 takes 100."""
