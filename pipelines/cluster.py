@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from functools import cache
 from typing import Any, TypeVar
 
 import ray
@@ -12,12 +13,14 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from cae.config import ModelConfig
 from cae.networks import memory_format
 from pipelines import tracking
 from pipelines.run import Run, RunOptions, UserError
 
+START_MINUTES = 15  # that a cluster on demand gets to start its machines
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 
@@ -43,11 +46,26 @@ def connect() -> None:
 
 
 def gpus_of(options: RunOptions) -> int:
-    """GPUs to use: all that the cluster has, none with `--device cpu`. Raises UserError where `cuda` has none."""
+    """GPUs to use: all that the cluster has, none with `--device cpu`; `cuda` waits for a cluster that grows on demand.
+
+    Raises UserError where `cuda` gets none.
+    """
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    if options.device == "cuda" and gpus < max(1, options.workers) and "RAY_ADDRESS" in os.environ:
+        gpus = _ask_for_gpus(max(1, options.workers))
     if options.device == "cuda" and not gpus:
         raise UserError("--device cuda, but this Ray cluster has no GPU: leave --device out to use the CPUs")
     return 0 if options.device == "cpu" else gpus
+
+
+@cache  # a cluster that cannot have as many is not waited for again; one that can starts them again when work comes
+def _ask_for_gpus(count: int) -> int:
+    """Ask the cluster's autoscaler, if it has one, for so many GPUs; returns how many are there in the end."""
+    print(f"asking the Ray cluster for {count} GPUs, for up to {START_MINUTES} minutes", flush=True)
+    wish = placement_group([{"GPU": 1}] * count)  # ends with this job, unlike what ray.autoscaler.sdk requests
+    wish.wait(60 * START_MINUTES)
+    remove_placement_group(wish)
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def device_of(options: RunOptions) -> str:
@@ -58,7 +76,7 @@ def device_of(options: RunOptions) -> str:
 def cores(options: RunOptions) -> int:
     """CPU cores of the cluster; of this machine for Ray inside this process, which has more slots than cores."""
     if "RAY_ADDRESS" in os.environ:
-        return int(ray.cluster_resources()["CPU"])
+        return max(1, int(ray.cluster_resources().get("CPU", 0)))
     return options.threads or os.cpu_count() or 1
 
 
@@ -70,7 +88,7 @@ def train_workers(options: RunOptions, batch: int) -> int:
     gpus = gpus_of(options)
     if options.workers == 0:
         return max((n for n in range(1, gpus + 1) if batch % n == 0), default=1)
-    there, kind = (gpus, "GPUs") if gpus else (int(ray.cluster_resources()["CPU"]), "CPU slots")
+    there, kind = (gpus, "GPUs") if gpus else (int(ray.cluster_resources().get("CPU", 0)), "CPU slots")
     if options.workers > there:
         raise UserError(f"--workers {options.workers}, but the Ray cluster has {there} {kind}: ask for fewer")
     if batch % options.workers:

@@ -44,8 +44,8 @@ class RunOptions:
     """Sizes of the networks and of their training: `paper` (256 pixels, the authors' network), `standard` (128, one
     GPU) or `quick` (64, minutes on a CPU). The default is `standard` where there is a GPU, else `quick`."""
     run: str = ""
-    """Run folder, local or s3://. Default: runs/DATASET-PRESET. An existing one goes on where it was, with its own
-    options."""
+    """Run folder, local or s3://. Default: DATASET-PRESET in $CAE_RUNS, else in runs/. An existing one goes on where it
+    was, with its own options."""
     seed: int = 0
     """Seed of everything random."""
     tracking_uri: str = ""
@@ -57,7 +57,8 @@ class RunOptions:
     """Do the stages again that are asked for, with the options given now; what they and those after them made before
     is dropped."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. `auto` takes the GPUs that the cluster has."""
+    """Where to compute. `auto` takes the GPUs that the cluster has; `cuda` waits for those that an autoscaler must
+    start first, as many as `--workers` says."""
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
@@ -156,7 +157,8 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     if folder is None and dataset:
-        folder = f"{_default_base()}/{Path(dataset.rstrip('/')).stem}-{preset}"
+        base = os.environ.get("CAE_RUNS") or _local_base()
+        folder = f"{base.rstrip('/')}/{Path(dataset.rstrip('/')).stem}-{preset}"
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
@@ -186,7 +188,7 @@ def _tracking_uri(options: RunOptions, folder: str) -> str:
     """Where to track, as workers that stand elsewhere find it; "" for beside the run folder."""
     uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri and "://" in folder:
-        uri = f"sqlite:///{_default_base()}/mlflow.db"
+        uri = f"sqlite:///{_local_base()}/mlflow.db"
     if urlsplit(uri).password:
         raise UserError(
             "--tracking-uri holds a password, which run.json would show: take it out and set MLFLOW_TRACKING_USERNAME "
@@ -255,10 +257,9 @@ def _peek(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _default_base() -> str:
+def _local_base() -> str:
     # Ray unpacks a job's working folder into a place that it deletes again.
-    in_job = "runtime_resources" in os.getcwd()
-    return os.environ.get("CAE_RUNS") or (os.path.expanduser("~/cae-runs") if in_job else "runs")
+    return os.path.expanduser("~/cae-runs") if "runtime_resources" in os.getcwd() else "runs"
 
 
 def _from_dict(cls: type, stored: dict[str, Any], preset: Preset) -> Any:
