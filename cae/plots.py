@@ -113,7 +113,7 @@ def perturbation_curves(
     ax.set_title(title, fontsize=11, loc="left", color=INK)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_xlim(0, float(np.max(covered)))
-    _plot_style(ax)
+    plot_style(ax)
     return finished(fig)
 
 
@@ -145,7 +145,7 @@ def training_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figur
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1000:g}k" if n >= 1000 else f"{n:g}"))
-        _plot_style(ax)
+        plot_style(ax)
     for ax in axes.flat[len(terms) :]:
         ax.set_visible(False)
     for ax in axes.flat[len(terms) - columns : len(terms)]:
@@ -215,7 +215,7 @@ def differences(
             if hollow:
                 ax.annotate("*", (high, row), (4, -4), textcoords="offset points", color=INK, fontsize=10)
         ax.set_title(title, fontsize=11, color=INK)
-        _plot_style(ax)
+        plot_style(ax)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
     fig.supxlabel(label, fontsize=9.5, color=INK)
@@ -243,7 +243,7 @@ def smoothness(paths: Mapping[str, np.ndarray], monotone: Mapping[str, float], d
         ax.plot(share, p.mean(0), color=COLOURS[1], linewidth=2.6)
         ax.set_title(f"{wrap(name, 34)}\n{monotone[name]:.0%} of {len(p):,} paths monotone", fontsize=9.5, color=INK)
         ax.set(xlim=(0, 1), ylim=(-0.02, 1.02))
-        _plot_style(ax)
+        plot_style(ax)
     for ax in axes.flat[len(chosen) :]:
         ax.set_visible(False)
     fig.supxlabel("share of the way from the image's class code to the donor's", fontsize=9.5, color=INK)
@@ -254,7 +254,8 @@ def smoothness(paths: Mapping[str, np.ndarray], monotone: Mapping[str, float], d
 # What the functions above share.
 
 
-def _plot_style(ax: Axes) -> None:
+def plot_style(ax: Axes) -> None:
+    """Axes of a plot: two of them, a quiet grid below what is drawn."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(MUTED)
     ax.grid(color=RULE, linewidth=0.6)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -34,14 +36,19 @@ def connect() -> None:
         os.environ.setdefault(name, value)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    common: dict[str, Any] = {"logging_level": logging.ERROR, "runtime_env": {"env_vars": quiet}}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address, **common)
+        ray.init(address, logging_level=logging.ERROR, runtime_env={"env_vars": quiet})
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        # Ray Train's helpers ask the dashboard which workers live; beside another Ray they would not know which one.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env = quiet | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
         # Four slots at least: a bulk stage needs one for its actor and others for Ray Data's own tasks.
-        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), object_store_memory=500_000_000, **common)
+        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), object_store_memory=500_000_000, dashboard_port=port,
+                 logging_level=logging.ERROR, runtime_env={"env_vars": env})  # fmt: skip
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
@@ -108,11 +115,15 @@ def threads_for(options: RunOptions, processes: int) -> int:
     return max(1, (options.threads or os.cpu_count() or 1) // processes)
 
 
-def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, Any], batch: int) -> Any:
-    """Run a training loop under Ray Train on `--workers` processes; it resumes at the run folder's last checkpoint.
+def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, Any], batch: int,
+              callbacks: Sequence[Any] = (), retries: int = 3) -> Any:  # fmt: skip
+    """Run a training loop under Ray Train on `--workers` processes; it resumes at the last checkpoint in
+    `checkpoints/NAME`.
 
-    The workers share steps of `batch`. Returns what the loop returns on rank 0.
+    The workers share steps of `batch`. After a fault they go on up to `retries` times. Returns what the loop returns on
+    rank 0.
     """
+    parent, _, name = f"checkpoints/{name}".rpartition("/")
     gpus, workers = gpus_of(options), train_workers(options, batch)
     trainer = TorchTrainer(
         loop,
@@ -120,9 +131,10 @@ def fit_torch(run: Run, options: Any, stage: str, loop: Any, config: dict[str, A
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
-            name=stage,
-            storage_path=run.path("checkpoints"),
-            failure_config=FailureConfig(max_failures=3),
+            name=name,
+            storage_path=run.path(parent),
+            callbacks=list(callbacks),
+            failure_config=FailureConfig(max_failures=retries),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
@@ -138,12 +150,12 @@ def enter_loop(threads: int) -> tuple[int, int, torch.device]:
     return context.get_world_rank(), context.get_world_size(), get_device()
 
 
-def report(state: dict[str, Any] | None) -> None:
-    """Hand a checkpoint to Ray Train; every worker calls it, rank 0 with the state."""
+def report(state: dict[str, Any] | None, measures: dict[str, float] | None = None) -> None:
+    """Hand measures and a checkpoint, if there is a state, to Ray Train; every worker calls it, rank 0 with both."""
     with tempfile.TemporaryDirectory() as folder:
         if state is not None:
             torch.save(state, f"{folder}/state.pt")
-        ray.train.report({}, checkpoint=Checkpoint.from_directory(folder) if state is not None else None)
+        ray.train.report(measures or {}, checkpoint=Checkpoint.from_directory(folder) if state is not None else None)
 
 
 def last_checkpoint(device: torch.device) -> dict[str, Any] | None:

@@ -47,9 +47,6 @@ class EvaluateOptions(ExplainOptions):
     """Images of each split whose maps are measured by perturbation, among those that the classifier gets right."""
     draws: int = 5
     """Random fills that each perturbation is averaged over."""
-    oracle: str = ""
-    """A second classifier, trained apart from the explained one (given as for --classifier; another run's
-    `classifier/` will do), that is asked about every swap: one that fools the first classifier only is noise."""
 
 
 def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:

@@ -10,16 +10,21 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from pipelines import classify, embed, evaluate, explain, shard, train
+import tyro
+
+from pipelines import classify, embed, evaluate, explain, shard, train, tune
 from pipelines import run as runs
 from pipelines.run import Run, UserError
 
-STAGES = {
+STAGES: dict[str, Callable[[Any], Any]] = {
     "shard": shard.main,
     "classify": classify.main,
+    "tune": tune.main,
     "train": train.main,
     "embed": embed.main,
     "explain": explain.main,
@@ -28,11 +33,14 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class FullOptions(evaluate.EvaluateOptions):
+class FullOptions(evaluate.EvaluateOptions, tune.TuneOptions):
     """Explain what a classifier looks at, across a whole data set: all stages, or those named in --stages."""
 
     stages: tuple[str, ...] = tuple(STAGES)
     """Stages to do, in order."""
+    tune: int = 0
+    """Trials of a search for loss weights before training, which then takes the best ones; 0: no search."""
+    trials: tyro.conf.Suppress[int] = 1
 
 
 def main(options: FullOptions) -> None:
@@ -40,16 +48,22 @@ def main(options: FullOptions) -> None:
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"--stages {unknown[0]}: choose among {', '.join(STAGES)}")
+    stages = [name for name in STAGES if name in options.stages and (name != "tune" or options.tune)]
     run = Run(options.run)
-    if not options.again and all(run.done(stage) for stage in options.stages):
+    if options.tune and run.done("tune") and not options.again:
+        options = tune.best_of(run, options)
+    if not options.again and all(run.done(stage) for stage in stages):
         runs.refuse_contradictions(run, options)
-        print(f"nothing to do: {', '.join(options.stages)} are done in {run.folder}")
+        print(f"nothing to do: {', '.join(stages)} are done in {run.folder}")
     else:
         begun = time.time()
         print(f"{options.dataset}, preset {options.preset}, run folder {run.folder}", flush=True)
-        for name, stage in STAGES.items():
-            if name in options.stages:
-                stage(options)
+        for name in stages:
+            if name == "tune":
+                tune.main(replace(options, trials=options.tune))
+                options = tune.best_of(run, options)
+            else:
+                STAGES[name](options)
         print(f"finished in {(time.time() - begun) / 60:.1f} min")
     run = Run(options.run)
     if run.done("evaluate"):

@@ -40,7 +40,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
     pictures = draw_examples(run, options, rows, maps, names)
     pictures |= plot_numbers(run, options, rows, maps, found, headline, names)
     for name, (_, figure) in pictures.items():
-        run.write(f"figures/{name}.png", _png(figure))
+        run.write(f"figures/{name}.png", png(figure))
         tracking.log_figure(figure, f"figures/{name}.png")
 
     shard, classified = run.result("shard"), run.result("classify")
@@ -127,6 +127,8 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             + table("Training (Table VI)", "training"),
         ),
     ]  # fmt: skip
+    if run.done("tune"):
+        sections.append(_search(run))
     page = render(f"{options.dataset}: what the classifier looks at", summary, sections,
                   {"run": run.folder, **asdict(options), **run.state["versions"], "git": run.state["git"]})  # fmt: skip
     run.write("report.html", page.encode())
@@ -194,7 +196,28 @@ def _interval(row: Any) -> str:
     return f"{row.cae_minus_this:+.3f} ({row.low:+.3f} to {row.high:+.3f}){star}"
 
 
+def _search(run: Run) -> Section:
+    """What the search for loss weights found, from what stage tune left in the run folder."""
+    captions = {
+        "effects": "What each searched option does to what was maximised, when all trials had seen equally many pairs.",
+        "parallel": "All trials; the last axis is what was maximised.",
+        "pareto": "What one aim costs in another: no trial beats one of the front in everything.",
+    }
+    figures = []
+    for name, caption in captions.items():
+        with run.fs.open(run.path("tune", f"{name}.png"), "rb") as file:
+            figures.append((caption, file.read()))
+    return Section(
+        "The search for loss weights",
+        "Short trainings with weights of their own, measured on val. Importance is what shuffling the option among "
+        "trials takes from a forest's prediction, in units of its variance; with few trials it says little.",
+        figures,
+        _frame("The trials", _read_csv(run, "tune/trials.csv")),
+    )
+
+
 def _read_csv(run: Run, name: str) -> pd.DataFrame:
+    """A table of the run folder."""
     with run.fs.open(run.path(name)) as file:
         return pd.read_csv(file)
 
@@ -208,7 +231,8 @@ def _frame(caption: str, frame: pd.DataFrame) -> list[Table]:
     return [(caption, [name.replace("_", " ") for name in frame.columns], values.to_numpy().tolist())]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

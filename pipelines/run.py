@@ -25,7 +25,7 @@ import fsspec
 import torch
 import tyro
 
-from cae.config import PRESETS, Preset
+from cae.config import PRESETS, LossWeights, Preset, TrainConfig
 from pipelines import tracking
 
 
@@ -68,14 +68,17 @@ class RunOptions:
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
-FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "stages", "again"}
+FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "stages", "again", "best"}
+# Of this call only, not to be the next one's defaults.
+FORGOTTEN = {"run", "stages", "again", "threads", "best"}
 # Least values of options that no other part looks at before hours of work.
 LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1,
-         "donors": 1}  # fmt: skip
+         "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1}  # fmt: skip
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),
     "classify": ("checkpoints/classify", "classifier", "predictions"),
+    "tune": ("checkpoints/tune", "tune"),
     "train": ("checkpoints/train", "cae"),
     "embed": ("codes", "manifold"),
     "explain": ("explanations",),
@@ -151,7 +154,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     So `--help` shows the values that would be used, and a later stage needs only `--run`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    dataset, preset, folder = (_peek(argv, name) for name in ("dataset", "preset", "run"))
+    dataset, preset, folder, best = (_peek(argv, name) for name in ("dataset", "preset", "run", "weights"))
     if preset is None:
         preset = "standard" if torch.cuda.is_available() else "quick"
     if preset not in PRESETS:
@@ -162,8 +165,10 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
-    stored = {name: value for name, value in stored.items() if name not in ("run", "stages", "again", "threads")}
+    stored = {name: value for name, value in stored.items() if name not in FORGOTTEN}
     # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
+    if best:  # and before that, what a search found
+        stored |= {name: stored.get(name, {}) | values for name, values in read_best(best).items()}
     default = _from_dict(
         options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)
     )
@@ -208,13 +213,13 @@ def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> N
     except Exception as error:
         if os.environ.get("CAE_TRACEBACK"):
             raise
-        reason = _user_error(error)
+        reason = user_error(error)
         if reason is None:
             raise
         sys.exit(f"error: {reason}")
 
 
-def _user_error(error: BaseException) -> str | None:
+def user_error(error: BaseException) -> str | None:
     """The one-line reason when an error, or what caused it in a worker, is the user's to mend; else None."""
     mistake = _mistake(error)
     if _of_s3(mistake):
@@ -246,6 +251,20 @@ def _mistake(error: BaseException | None) -> BaseException | None:
 def _of_s3(error: BaseException | None) -> bool:
     """Whether S3 refused, or could not be asked: no credentials, no connection, no such bucket."""
     return type(error).__module__ == "botocore.exceptions"
+
+
+def read_best(path: str) -> dict[str, dict[str, Any]]:
+    """What a search found, by the options that hold it: `weights`, and of `train` what was searched too."""
+    try:
+        with fsspec.open(path) as file:
+            best = json.load(file)
+        for name, known in (("weights", LossWeights()), ("train", TrainConfig())):
+            dataclasses.replace(known, **best[name])
+        return {name: best[name] for name in ("weights", "train")}
+    except OSError as error:
+        raise UserError(f"--weights {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--weights {path} is no best.json of tune.py, or of another version") from error
 
 
 def _peek(argv: list[str], name: str) -> str | None:
@@ -300,7 +319,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     `own` are the option fields that decide this stage's outcome; `needs` the stages that must be done before.
     """
     run = Run(options.run)
-    refuse_contradictions(run, options, name if options.again else None)
+    refuse_contradictions(run, options, name)
     for other in needs:
         run.result(other)
     if options.again:  # only now: a refused call drops nothing
@@ -354,11 +373,15 @@ def _drop(run: Run, stage: str) -> None:
             run.fs.rm(run.path(name), recursive=True)
 
 
-def refuse_contradictions(run: Run, options: RunOptions, until: str | None = None) -> None:
-    """Raise UserError when an option differs from the one that a stage of the run, before `until`, was made with."""
+def refuse_contradictions(run: Run, options: RunOptions, name: str = "") -> None:
+    """Raise UserError when an option differs from the one that a stage of the run was made with.
+
+    For the stage `name`, done over, only those before it count. A search for weights binds itself alone, to its end:
+    what it found may be taken or left.
+    """
     table = json.loads(json.dumps(flat(options), default=str))
-    for stage in list(WRITES)[: list(WRITES).index(until) if until else None]:
-        if not run.bound(stage):
+    for stage in list(WRITES)[: list(WRITES).index(name) if name and options.again else None]:
+        if not run.bound(stage) or (stage == "tune" and (name != "tune" or run.done("tune"))):
             continue
         state = run.state["stages"][stage]
         # A run folder of an earlier version may know fewer options, or more.

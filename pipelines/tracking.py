@@ -90,6 +90,37 @@ def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any]) -
             yield
 
 
+@contextmanager
+def trial(of_search: tuple[str, str], name: str, params: dict[str, Any]) -> Iterator[None]:
+    """In the process of a trial of a search: MLflow's active run is the trial's, nested in that of the stage.
+
+    A trial that was killed goes on in the run that it had.
+    """
+    uri, search = of_search
+    _track_at(uri)
+    experiment = mlflow.get_run(search).info.experiment_id
+    tags = {"mlflow.parentRunId": search, "stage": "tune", "trial": name}
+    with mlflow.start_run(_trial_run(experiment, search, name), experiment, run_name=name, tags=tags):
+        mlflow.log_params(params)
+        yield
+
+
+def end_trial(name: str, outcome: str) -> None:
+    """Close the run of a trial that was stopped, or whose process did not live to do it; it `failed` or not."""
+    info = _active().info
+    run_id = _trial_run(info.experiment_id, info.run_id, name)
+    if run_id is not None:
+        client = mlflow.MlflowClient()
+        client.set_tag(run_id, "outcome", outcome)
+        client.set_terminated(run_id, "FAILED" if outcome == "failed" else "FINISHED")
+
+
+def _trial_run(experiment: str, search: str, name: str) -> str | None:
+    mine = f"tags.trial = '{name}' and tags.`mlflow.parentRunId` = '{search}'"
+    found = mlflow.MlflowClient().search_runs([experiment], mine, max_results=1)
+    return found[0].info.run_id if found else None
+
+
 def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
     """Metrics of the active stage; those that are no curve (no step) go to the whole run too, so that runs compare."""
     active = mlflow.active_run()

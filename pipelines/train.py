@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -16,20 +18,21 @@ from torch import Tensor
 
 from cae import classifiers, figures, training
 from cae.checkpoint import read_weights
+from cae.classifiers import BlackBox
 from cae.config import PRESETS, LossWeights, ModelConfig, TrainConfig
-from cae.explain import swap
 from cae.images import to_array, to_tensor
+from cae.judgement import draw_donors, judge
 from cae.networks import CAE, Discriminator, from_authors
 from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import read_images, read_table
-from pipelines.classify import ClassifyOptions
+from pipelines.classify import ClassifyOptions, absolute
 from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, train_workers
 from pipelines.run import Run, UserError
 
-PREVIEWS = 10  # looks at held-out swaps, and checkpoints, over a training; one takes a few seconds, so
+PREVIEWS = 10  # looks at held-out images, and checkpoints, over a training; one takes a few seconds, so
 PREVIEW_STEPS = 100  # at least so many steps lie between two
-WATCHED = 96  # held-out images whose swaps are watched
+WATCHED = 96  # held-out images that are looked at
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,40 @@ class TrainOptions(ClassifyOptions):
     authors_generator: str = ""
     """A `gen_*.pt` of the paper's authors to take instead of training (only its tensors are loaded). Goes with
     `--preset paper`; any image size that is a multiple of 4 will do."""
+    oracle: str = ""
+    """A second classifier, trained apart from the explained one (given as for --classifier; another run's
+    `classifier/` will do), that is asked about swaps: one that fools the first classifier only is noise."""
+    best: Annotated[str, tyro.conf.arg(name="weights")] = ""
+    """A `best.json` of tune.py, to take loss weights (and what else was searched) from; options beside it go first."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=TrainConfig)
     weights: Annotated[LossWeights, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=LossWeights)
 
 
 def train(run: Run, options: TrainOptions) -> dict[str, Any]:
-    """Train the CAE on the train split and save it in `cae/`; returns its last figures on held-out swaps."""
+    """Train the CAE on the train split and save it in `cae/`; returns its last measures on held-out images."""
     if options.authors_generator:
         return _take(run, options)
     connect()
+    last = fit(run, options, "train", save=run.path("cae"))
+    tracking.log_folder(run, "cae")
+    says = f"{last['pairs']:,} pairs, held-out swap success {last['swap_success']:.3f}"
+    return {"says": says} | {f"train/{name}": last[name] for name in last.keys() - {"pairs", "progress"}}
+
+
+def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str = "", callbacks: Sequence[Any] = (),
+        retries: int = 3) -> dict[str, Any]:  # fmt: skip
+    """Train a CAE on the train split, by Ray Train, with checkpoints in `checkpoints/NAME`; save it where asked.
+
+    `start` is a file of the run folder that keeps the warmed-up networks for trainings that differ in nothing that the
+    warm-up depends on: the first of them writes it.
+    Returns, and reports to `callbacks` with every checkpoint, the measures on held-out images (`cae.judgement`),
+    `pairs`, how many it was trained on, and `progress`, the share of those it is to be trained on.
+    """
     train_workers(options, options.train.batch)  # refuses early
     chosen = run.result("classify")
+    oracle = absolute(options.oracle) if options.oracle else ""
+    if oracle:
+        classifiers.load(oracle, tuple(chosen["classes"]))  # fails here, early, on a wrong one
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label
     table = table.dropna(subset=["y"])
@@ -70,15 +96,14 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     model = options.model
     if model.channels == 0:
         model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
-    result = fit_torch(run, options, "train", _train_loop, {
+    return fit_torch(run, options, name, _train_loop, {
         "folder": run.folder, "spec": chosen["spec"], "names": tuple(chosen["classes"]), "fit": options.fit,
+        "oracle": oracle, "save": save, "start": start, "label": name.rpartition("/")[2],
         "model": asdict(model), "train": asdict(options.train), "weights": asdict(options.weights),
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
-    }, options.train.batch)  # fmt: skip
-    tracking.log_folder(run, "cae")
-    return {"says": f"{len(pairs.index):,} pairs, held-out swap success {result['train/swap_success']:.3f}", **result}
+    }, options.train.batch, callbacks, retries)  # fmt: skip
 
 
 def _take(run: Run, options: TrainOptions) -> dict[str, Any]:
@@ -92,9 +117,9 @@ def _take(run: Run, options: TrainOptions) -> dict[str, Any]:
     return {"says": f"took {options.authors_generator}"}
 
 
-def _train_loop(config: dict[str, Any]) -> dict[str, float]:
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     rank, world, device = enter_loop(config["threads"])
-    run, names = Run(config["folder"]), config["names"]
+    run, names, label = Run(config["folder"]), config["names"], f"{config['label']:9}"
     options = TrainConfig(**config["train"])
     model = ModelConfig(**config["model"])
     index, flip = config["index"], config["flip"]
@@ -106,11 +131,19 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
     blackbox = place(classifiers.load(config["spec"], names), device)
     cae, discriminator = place(CAE(model), device), place(Discriminator(model, len(names)), device)
     state = last_checkpoint(device)
-    if state is None and options.warm_up:
-        # Every worker does the same; wrapping for DDP then gives all of them rank 0's weights.
+    networks = torch.nn.ModuleList([cae, discriminator])
+    # Every worker starts alike; wrapping for DDP then gives all of them rank 0's weights.
+    if state is None and config["start"] and run.fs.exists(run.path(config["start"])):
+        with run.fs.open(run.path(config["start"]), "rb") as file:
+            networks.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    elif state is None and options.warm_up:
         loss = training.warm_up(cae, discriminator, images, config["labels"], options.warm_up, config["seed"])
         if rank == 0:
-            print(f"train     warmed up: {loss:.3f} nats to name a class", flush=True)
+            print(f"{label} warmed up: {loss:.3f} nats to name a class", flush=True)
+            if config["start"]:
+                buffer = io.BytesIO()
+                torch.save(networks.state_dict(), buffer)
+                run.write(config["start"], buffer.getvalue())
     trainer = training.Trainer(
         cae, discriminator, options,
         LossWeights(**config["weights"]), steps, blackbox,
@@ -119,11 +152,16 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
     if state is not None:
         trainer.load_state_dict(state)
         if rank == 0:
-            print(f"train     goes on at pair {trainer.step_count * options.batch:,}", flush=True)
-    watched = read_images(run, config["watched_ids"], model.image_size, config["fit"]) if rank == 0 else None
+            print(f"{label} goes on at pair {trainer.step_count * options.batch:,}", flush=True)
+    watched = None
+    if rank == 0:
+        oracle = place(classifiers.load(config["oracle"], names), device) if config["oracle"] else None
+        images_watched = read_images(run, config["watched_ids"], model.image_size, config["fit"])
+        watched = Watched(images_watched, config["watched_labels"], blackbox, oracle, device)
 
     every = max(min(PREVIEW_STEPS, steps // 2), math.ceil(steps / PREVIEWS), 1)
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    measures: dict[str, Any] = {}
     since, first, begun, told = 0, trainer.step_count, time.time(), time.time()
     with tracking.join(config["tracking"], rank):
         while trainer.step_count < steps:
@@ -152,45 +190,45 @@ def _train_loop(config: dict[str, Any]) -> dict[str, float]:
                     told = time.time()
                     told_terms = f"recon_x {means['train/recon_x']:.3f}  cla1 {means['train/cla1']:.2f}"
                     progress = f"{pairs:,}/{len(index):,} pairs  {rate:.1f}/s  {left:.1f} min left"
-                    print(f"train     {progress}  {told_terms}", flush=True)
+                    print(f"{label} {progress}  {told_terms}", flush=True)
                 sums.clear()
                 since = 0
-            if trainer.step_count % every == 0 and not finished:
+            if trainer.step_count % every == 0 or finished:
+                measures = {"progress": trainer.step_count / steps}
                 if watched is not None:
-                    _preview(trainer, blackbox, watched, config["watched_labels"], names, device)
-                report(trainer.state_dict() if rank == 0 else None)
-        if watched is None:
-            return {}
-        last = _preview(trainer, blackbox, watched, config["watched_labels"], names, device)
-    training.save(run.path("cae"), trainer.best, names, train=config["train"], weights=config["weights"])
-    return last
+                    measures |= watched.look(trainer)
+                    print(f"{label} held-out swap success {measures['swap_success']:.3f}", flush=True)
+                report(trainer.state_dict() if rank == 0 and not finished else None, measures)
+    if config["save"] and rank == 0:
+        training.save(config["save"], trainer.best, names, train=config["train"], weights=config["weights"])
+    return measures
 
 
-@torch.no_grad()
-def _preview(trainer: training.Trainer, blackbox: classifiers.BlackBox, images: np.ndarray, y: np.ndarray,
-             names: tuple[str, ...], device: torch.device) -> dict[str, float]:  # fmt: skip
-    """Log reconstructions and swaps of held-out images, and the share of swaps that the classifier believes."""
-    cae = trainer.best
-    x = to_tensor(images, device)
-    rng = np.random.default_rng(0)
-    mixed = len(set(y)) > 1  # else there is nothing to swap
-    donors = np.array([rng.choice(np.flatnonzero(y != mine)) for mine in y]) if mixed else np.arange(len(y))
-    reconstruction, swapped = swap(cae, x, x[donors])
-    p = blackbox.probabilities(swapped).cpu().numpy()
-    target = y[donors]
-    captions = [f"{names[y[i]]} → {names[target[i]]}\np={p[i, target[i]]:.2f}" for i in range(min(8, len(y)))]
-    figure = figures.swaps(
-        images[:8], to_array(reconstruction[:8]), to_array(swapped[:8]), images[donors[:8]], captions
-    )
-    pairs = trainer.step_count * trainer.config.batch
-    tracking.log_figure(figure, f"swaps/{pairs:08d}.png")
-    metrics = {
-        "train/swap_success": float((p.argmax(1) == target).mean()) if mixed else math.nan,
-        "train/val_recon_x": float((reconstruction - x).abs().mean()),
-    }
-    tracking.log_metrics(metrics, step=pairs)
-    print(f"train     held-out swap success {metrics['train/swap_success']:.3f}", flush=True)
-    return metrics
+class Watched:
+    """The held-out images (N, S, S, 3) of classes y (N,) that rank 0 looks at in the course of a training."""
+
+    def __init__(self, images: np.ndarray, y: np.ndarray, blackbox: BlackBox, oracle: BlackBox | None,
+                 device: torch.device) -> None:  # fmt: skip
+        self.images, self.y, self.donors = images, y, draw_donors(y)
+        self.blackbox, self.oracle, self.device = blackbox, oracle, device
+
+    def look(self, trainer: training.Trainer) -> dict[str, Any]:
+        """Log what the CAE makes of the images, and how good that is; returns that and the pairs it has seen."""
+        x, target = to_tensor(self.images, self.device), self.y[self.donors]
+        found = judge(
+            trainer.best, self.blackbox, x, torch.from_numpy(target).to(self.device),
+            torch.from_numpy(self.donors).to(self.device), self.oracle,
+        )  # fmt: skip
+        names, few = self.blackbox.classes, range(min(8, len(self.y)))
+        captions = [f"{names[self.y[i]]} → {names[target[i]]}\np={found.p_target[i]:.2f}" for i in few]
+        figure = figures.swaps(
+            self.images[:8], to_array(found.reconstruction[:8]), to_array(found.swap[:8]),
+            self.images[self.donors[:8]], captions,
+        )  # fmt: skip
+        pairs = trainer.step_count * trainer.config.batch
+        tracking.log_figure(figure, f"swaps/{pairs:08d}.png")
+        tracking.log_metrics({f"train/{name}": value for name, value in found.measures.items()}, step=pairs)
+        return found.measures | {"pairs": pairs}
 
 
 OWN = ("labels", "authors_generator", "train", "weights", "model")

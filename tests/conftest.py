@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,20 @@ def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess
         [sys.executable, str(ROOT / "pipelines" / script), *words],
         capture_output=True, text=True, timeout=500, cwd="/", env=around | env,
     )  # fmt: skip
+
+
+def kill_when(happens: Callable[[], bool], script: str, folder: Path, *words: str) -> None:
+    """Start a stage on a run folder and kill -9 its driver as soon as something is seen."""
+    call = [sys.executable, str(ROOT / "pipelines" / script), "--run", str(folder), *words]
+    with open(folder / f"{script}.log", "w") as log:
+        driver = subprocess.Popen(call, stdout=log, stderr=log, cwd="/")
+        deadline = time.time() + 200
+        while not happens():
+            assert driver.poll() is None, (folder / f"{script}.log").read_text()[-3000:]
+            assert time.time() < deadline, "nothing to kill happened"
+            time.sleep(0.02)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
 
 
 def blob(rng: np.random.Generator, label: int, size: int = 40) -> np.ndarray:

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from conftest import ROOT, command, state
+from conftest import command, kill_when, state
 from safetensors.numpy import load_file
-
-
-def kill_when(happens: Callable[[], bool], script: str, folder: Path) -> None:
-    """Start a stage and kill -9 its driver as soon as something is seen."""
-    words = [sys.executable, str(ROOT / "pipelines" / script), "--run", str(folder)]
-    with open(folder / f"{script}.log", "w") as log:
-        driver = subprocess.Popen(words, stdout=log, stderr=log, cwd="/")
-        deadline = time.time() + 200
-        while not happens():
-            assert driver.poll() is None, (folder / f"{script}.log").read_text()[-3000:]
-            assert time.time() < deadline, "nothing to kill happened"
-            time.sleep(0.02)
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
 
 
 def explained(folder: Path) -> pd.DataFrame:
