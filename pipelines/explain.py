@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cae import classifiers, figures, training
-from cae.explain import Explanation, Mode, explain, over_donors
+from cae.explain import Explanation, Mode, choose_mode, explain, over_donors
 from cae.images import Fit, encode_png, to_array, to_tensor
 from pipelines import run as runs
 from pipelines import tracking
@@ -50,11 +50,12 @@ class ExplainOptions(EmbedOptions):
     path: Literal["linear", "guided"] = "linear"
     """The way to a counter code: straight, or guided: the shortest one among the training codes, from neighbour to
     neighbour."""
-    mode: Mode = "integrated"
+    mode: Mode | Literal["auto"] = "auto"
     """How a path becomes a map: `integrated` (the path's changes made to the image itself, weighted by the classifier's
     gradient), `patch` (the same with queries only: what each window of the changes does to the classifier in the image,
     and when it is undone), `path` (the paper's: frame differences weighted by the rise of the target's probability),
-    `contrast` (end against reconstruction) or `input` (end against image)."""
+    `contrast` (end against reconstruction) or `input` (end against image). `auto`: `integrated`, or `patch` where the
+    classifier has no gradient."""
     window: float = 0.125
     """Side of the windows of mode `patch`, as a share of the image's; they stand half of it apart. 0.125 takes 452
     queries an image, 0.25 takes 100."""
@@ -73,8 +74,9 @@ class ExplainOptions(EmbedOptions):
 
 def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     """Explain every image of the splits asked for; returns the share of each status."""
-    connect()
     chosen = run.result("classify")
+    options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
+    connect()
     names = tuple(chosen["classes"])
     if options.targets not in ("runner-up", "all", *names):
         raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
@@ -107,7 +109,7 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
         says += f"; not explained: {left_out} (see --splits)"
     if options.overlays:
         tracking.log_folder(run, "explanations/overlays")
-    return {"says": f"{len(status):,} maps: {says}", "statuses": dict(counts), **metrics}
+    return {"says": f"{len(status):,} maps by mode {options.mode}: {says}", "statuses": dict(counts), **metrics}
 
 
 def path_options(options: ExplainOptions) -> dict[str, Any]:

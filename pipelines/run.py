@@ -25,6 +25,7 @@ import fsspec
 import torch
 import tyro
 
+from cae.blackboxes import TRUSTED
 from cae.config import PRESETS, Preset
 from pipelines import tracking
 
@@ -61,13 +62,17 @@ class RunOptions:
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
+    trust_pickle: bool = False
+    """Open classifiers whose files may hold pickles, which can do anything with this account: whole networks saved by
+    torch.save, and .pt2 files with more than a network and tensors. For this call only."""
     threads: int = 0
     """CPU threads of all processes on a machine together, to leave cores to others. 0: one per core. For this
     call only: another on the same run folder must say it again."""
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
-FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "stages", "again"}
+FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "trust_pickle", "stages", "again"}
+ONCE = ("run", "stages", "again", "threads", "trust_pickle")  # of one call only: not what the next one starts from
 # Least values of options that no other part looks at before hours of work.
 LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1,
          "donors": 1}  # fmt: skip
@@ -160,7 +165,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
-    stored = {name: value for name, value in stored.items() if name not in ("run", "stages", "again", "threads")}
+    stored = {name: value for name, value in stored.items() if name not in ONCE}
     # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
     default = _from_dict(
         options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)
@@ -302,6 +307,9 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     refuse_contradictions(run, options, name if options.again else None)
     for other in needs:
         run.result(other)
+    used = run.result("classify").get("spec", "") if "classify" in needs else ""
+    if used.startswith(TRUSTED) and not options.trust_pickle:
+        raise UserError(f"the classifier {used.removeprefix(TRUSTED)} may run a pickle: say --trust-pickle again")
     if options.again:  # only now: a refused call drops nothing
         _start_over(run, name)
     if run.done(name):

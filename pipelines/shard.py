@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cae import classifiers, data, images, synthetic
+from cae.blackboxes import resolve
 from cae.data import Item
 from pipelines import run as runs
 from pipelines import tracking
@@ -55,9 +56,12 @@ class ShardOptions(RunOptions):
     shortcut: bool = False
     """Plant a marker that goes with the last class into the data set `synthetic`."""
     classifier: str = ""
-    """The black box: empty to train one (the images then need labels), a folder with one saved by this project, or
-    torchvision:NAME@WEIGHTS.safetensors, whose outputs are the data's classes in sorted order, or just numbered where
-    the data is a flat folder. The data may lack some of the classes of a saved one."""
+    """The black box: empty to train one (the images then need labels), a folder with one saved by this project,
+    torchvision:NAME@WEIGHTS or timm:NAME@WEIGHTS (a state dict as .safetensors or .pth), FILE.onnx, FILE.pt2 (of
+    torch.export), an http(s):// address, package.module:function, or a JSON that describes one of these. A JSON beside
+    the file, of the same name, may say input size, channels, mean, std and class names (see cae.blackboxes.Card);
+    without those its outputs are the data's classes in sorted order, or just numbered where the data is a flat folder.
+    The data may lack some of the classes of one that knows them."""
 
 
 def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
@@ -76,7 +80,8 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
         names = sorted({item.label for item in items if item.label is not None},
                        key=lambda name: (archive and name.isdigit() and int(name), name))  # fmt: skip
         if options.classifier:
-            names = list(classifiers.class_names(options.classifier, tuple(names)))
+            spec = resolve(options.classifier, options.trust_pickle)
+            names = list(classifiers.class_names(spec, tuple(names)))
         present = {item.split for item in items}
         units = [{"npz": source, "part": "npz.parquet", "rows": len(items)}] if archive else _chunks(items)
         arguments = {"names": names, "present": present, "label_free": bool(options.classifier)}

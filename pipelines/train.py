@@ -19,6 +19,7 @@ from cae.checkpoint import read_weights
 from cae.config import PRESETS, LossWeights, ModelConfig, TrainConfig
 from cae.explain import swap
 from cae.images import to_array, to_tensor
+from cae.losses import choose_class_head
 from cae.networks import CAE, Discriminator, from_authors
 from pipelines import run as runs
 from pipelines import tracking
@@ -50,9 +51,11 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     """Train the CAE on the train split and save it in `cae/`; returns its last figures on held-out swaps."""
     if options.authors_generator:
         return _take(run, options)
+    chosen = run.result("classify")
+    class_head = choose_class_head(options.train.class_head, chosen.get("differentiable", True))
+    how = replace(options.train, class_head=class_head)
     connect()
     train_workers(options, options.train.batch)  # refuses early
-    chosen = run.result("classify")
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label
     table = table.dropna(subset=["y"])
@@ -72,13 +75,14 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
         model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
     result = fit_torch(run, options, "train", _train_loop, {
         "folder": run.folder, "spec": chosen["spec"], "names": tuple(chosen["classes"]), "fit": options.fit,
-        "model": asdict(model), "train": asdict(options.train), "weights": asdict(options.weights),
+        "model": asdict(model), "train": asdict(how), "weights": asdict(options.weights),
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
     }, options.train.batch)  # fmt: skip
     tracking.log_folder(run, "cae")
-    return {"says": f"{len(pairs.index):,} pairs, held-out swap success {result['train/swap_success']:.3f}", **result}
+    success = f"held-out swap success {result['train/swap_success']:.3f}"
+    return {"says": f"{len(pairs.index):,} pairs, class head {class_head}, {success}", **result}
 
 
 def _take(run: Run, options: TrainOptions) -> dict[str, Any]:
