@@ -166,7 +166,7 @@ class Layout:
         if self.by_split:
             split = SPLITS.get(folders[0].lower()) if folders else None
             folders = folders[1:] if split else []
-        return Item(path, name, split, folders[0] if folders else None, self.groups.get(name), span, problem)
+        return Item(path, name, split, text(folders[0]) if folders else None, self.groups.get(name), span, problem)
 
 
 def layout_of(names: Sequence[str], manifest: bytes | None = None, where: str = "", inside: str = "") -> Layout:
@@ -335,6 +335,11 @@ def may_be_image(name: str) -> bool:
     parts = name.split("/")
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
     return not hidden and not any(fnmatch(parts[-1].lower(), pattern) for pattern in NOT_IMAGES)
+
+
+def text(name: str) -> str:
+    """A file name as Parquet takes it: bytes that are no UTF-8 become question marks."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _groups(manifest: bytes, where: str, names: list[str]) -> dict[str, str]:

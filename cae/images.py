@@ -87,9 +87,16 @@ def _reason(error: BaseException) -> str:
 def decode(data: bytes, size: int, fit: Fit = "crop") -> np.ndarray:
     """Encoded image to a uint8 array (size, size, 3).
 
-    `crop` scales the shorter side to `size` and keeps the centre; `squash` scales both sides. Raises UnreadableImage.
+    Fitted as `fitted` does. Raises UnreadableImage.
     """
-    image = load(data)
+    return fitted(load(data), size, fit)
+
+
+def fitted(image: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray:
+    """An RGB image as a uint8 array (size, size, 3).
+
+    `crop` scales the shorter side to `size` and keeps the centre; `squash` scales both sides.
+    """
     if fit == "crop":
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))

@@ -7,6 +7,7 @@ Only the image at hand is in memory, nothing is unpacked, and no name in an arch
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import operator
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
 import fsspec
+from PIL import Image
 
 from cae.archives import DAMAGED, NOT_ITS_FAULT, Member, open_file, read_span, tar_members, zip_members
 from cae.data import (
@@ -31,8 +33,9 @@ from cae.data import (
     list_images,
     may_be_image,
     read_npz,
+    text,
 )
-from cae.images import encode_png
+from cae.images import UnreadableImage, encode_png, load_all
 
 Piece = dict[str, Any]  # plain values, so that any process can be handed it
 STREAMED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # can only be read from the start
@@ -95,6 +98,21 @@ def read(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
         yield from _read_table(piece)
     else:
         yield from _read_items(Item(**fields) for fields in piece["items"])
+
+
+def frames(item: Item, content: bytes, problem: str) -> Iterator[tuple[str, Image.Image | None, str]]:
+    """Of what `read` gives: the id of each picture in it, and the picture, RGB; or None and why there is none.
+
+    An id is the image's name, what `cae.images.load_all` calls the frame, and a hash of the content.
+    """
+    name, digest = text(item.name), hashlib.sha256(content).hexdigest()[:16]
+    try:
+        if problem:
+            raise UnreadableImage(problem)
+        for frame, picture in load_all(content):
+            yield f"{name}{frame}#{digest}", picture, ""
+    except UnreadableImage as error:
+        yield f"{name}#{digest}", None, " ".join(text(str(error)).split())
 
 
 def _survey(items: Sequence[Item], pieces: list[Piece]) -> Survey:

@@ -128,6 +128,12 @@ def read_table(run: Run, folder: str, columns: list[str] | None = None) -> pa.Ta
     return pa.concat_tables(tables).sort_by("id")
 
 
+def read_part(run: Run, name: str, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file of the run."""
+    with run.fs.open(run.path(name)) as file:
+        return pq.ParquetFile(file).read(columns)
+
+
 def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
     """One unit per row group of the image shards, of some splits or all."""
     units = []

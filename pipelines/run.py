@@ -305,11 +305,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     """
     run = Run(options.run)
     refuse_contradictions(run, options, name if options.again else None)
-    for other in needs:
-        run.result(other)
-    used = run.result("classify").get("spec", "") if "classify" in needs else ""
-    if used.startswith(TRUSTED) and not options.trust_pickle:
-        raise UserError(f"the classifier {used.removeprefix(TRUSTED)} may run a pickle: say --trust-pickle again")
+    refuse_unfinished(run, options, needs)
     if options.again:  # only now: a refused call drops nothing
         _start_over(run, name)
     if run.done(name):
@@ -344,6 +340,15 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     says = result.get("says", "done")
     print(f"{name:9} {says}  ({seconds:.0f} s)", flush=True)
     return result
+
+
+def refuse_unfinished(run: Run, options: RunOptions, needs: tuple[str, ...]) -> None:
+    """Raise UserError when a stage is not done, or when its classifier may run a pickle that is not trusted."""
+    for stage in needs:
+        run.result(stage)
+    used = run.result("classify").get("spec", "") if "classify" in needs else ""
+    if used.startswith(TRUSTED) and not options.trust_pickle:
+        raise UserError(f"the classifier {used.removeprefix(TRUSTED)} may run a pickle: say --trust-pickle again")
 
 
 def _start_over(run: Run, name: str) -> None:

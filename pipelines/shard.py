@@ -177,30 +177,26 @@ class ShardWorker:
             del held[split]
 
         for item, content, mask, problem in self._read(unit):
-            digest = hashlib.sha256(content).hexdigest()[:16]
             # Exact duplicates go to the same split when nothing else ties them together.
-            tied = item if item.group is not None else replace(item, group=digest)
+            tied = item if item.group is not None else replace(item, group=hashlib.sha256(content).hexdigest()[:16])
             split = data.split_of(tied, self.present, self.label_free)
-            try:
-                if problem:
-                    raise images.UnreadableImage(problem)
-                for frame, picture in images.load_all(content):
-                    pixels = np.asarray(picture)
-                    grey = bool((pixels == pixels[..., :1]).all())
-                    # A JPEG stays as it is; anything else becomes a PNG that any reader opens.
-                    image = content if content[:2] == b"\xff\xd8" else images.encode_png(pixels)
-                    good.setdefault(split, []).append({
-                        "id": f"{_text(item.name)}{frame}#{digest}", "image": image, "height": picture.height,
-                        "width": picture.width, "label": None if item.label is None else self.names.index(item.label),
-                        "class_name": item.label, "group": item.group, "source": _text(item.path), "grey": grey,
-                        "mask": mask,
-                    })  # fmt: skip
-                    held[split] += len(image)
-                    if len(good[split]) == UNIT_ROWS or held[split] > SHARD_BYTES:
-                        flush(split)
-            except images.UnreadableImage as error:
-                bad.append({"id": f"{_text(item.name)}#{digest}", "source": _text(item.path), "split": split,
-                            "reason": str(error)})  # fmt: skip
+            source = data.text(item.path)
+            for name, picture, reason in sources.frames(item, content, problem):
+                if picture is None:
+                    bad.append({"id": name, "source": source, "split": split, "reason": reason})
+                    continue
+                pixels = np.asarray(picture)
+                grey = bool((pixels == pixels[..., :1]).all())
+                # A JPEG stays as it is; anything else becomes a PNG that any reader opens.
+                image = content if content[:2] == b"\xff\xd8" else images.encode_png(pixels)
+                good.setdefault(split, []).append({
+                    "id": name, "image": image, "height": picture.height, "width": picture.width,
+                    "label": None if item.label is None else self.names.index(item.label), "class_name": item.label,
+                    "group": item.group, "source": source, "grey": grey, "mask": mask,
+                })  # fmt: skip
+                held[split] += len(image)
+                if len(good[split]) == UNIT_ROWS or held[split] > SHARD_BYTES:
+                    flush(split)
         for split in sorted(good):
             flush(split)
         return pa.Table.from_pylist(bad, REJECTED)
@@ -215,11 +211,6 @@ class ShardWorker:
         else:
             for item, content, problem in sources.read(unit):
                 yield item, content, None, problem
-
-
-def _text(name: str) -> str:
-    """A file name as Parquet takes it: bytes that are no UTF-8 become question marks."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 OWN = ("dataset", "preset", "data_root", "images", "classes", "shortcut", "classifier")

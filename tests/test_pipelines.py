@@ -27,7 +27,8 @@ from cae.networks import from_authors
 from cae.peers.table import peers
 from pipelines.bulk import read_images, shard_units
 from pipelines.evaluate import NEW_CODES
-from pipelines.explain import ExplainOptions, ExplainWorker
+from pipelines.explain import ExplainOptions
+from pipelines.maps import ExplainWorker
 from pipelines.measure import CONTROLS, MeasureWorker
 from pipelines.run import Run
 from pipelines.tables import map_rows, swap_table
