@@ -142,7 +142,8 @@ def tar_members(path: str, streamed: bool = False) -> Iterator[Member]:
                     problem = "" if member.isreg() and not member.issparse() else _what(member)
                     span = () if streamed else (member.offset_data, member.size)
                     yield Member(_tidy(member.name), span, problem, partial(_extract, tar, member))
-            damage = "" if isinstance(tar.ended, tarfile.EOFHeaderError) else str(tar.ended)
+            whole = isinstance(tar.ended, tarfile.EOFHeaderError)  # type: ignore[attr-defined]
+            damage = "" if whole else str(tar.ended)
         except NOT_ITS_FAULT:
             raise
         except DAMAGED as error:

@@ -190,7 +190,7 @@ def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finis
     how = {"mode": "path", "smooth": 0.0, "steps": 2, "margin": 0.0}
     ends = {0: (["x"], np.zeros((1, 8), np.float32))}
     ways = Ways("runner-up", "medoid", 1, "linear", 0, ends, codes=np.eye(8, dtype=np.float32))
-    worker = ExplainWorker(run, **common, ways=ways, frames=False, how=how)
+    worker = ExplainWorker(run, **common, cae=run.path("cae"), ways=ways, frames=False, how=how)
     found = worker(unit | {"overlays": 0}).to_pylist()
     assert len(found) == unit["rows"] and {row["source"] for row in found} == {0, 1}
     for row in found:
