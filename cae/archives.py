@@ -19,6 +19,8 @@ from cae.data import filesystem
 
 MAX_BYTES = 1 << 29  # of one encoded image
 NOT_ITS_FAULT = (ConnectionError, TimeoutError)  # of a file: it is to be read again
+NOTES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+MAX_NOTE = 1 << 20  # of names and the like before a member of a tar archive
 DAMAGED = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 
 
@@ -36,7 +38,11 @@ class Member:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A path or URL, to be read anywhere."""
+    """A path or URL, to be read anywhere. Raises OSError; ValueError or ImportError for a URL of no known kind."""
+    if "://" not in path:  # whatever is in a file's name
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for ever
+            raise OSError("it is no file")
+        return open(path, "rb")
     fs, inner = filesystem(path)
     return fs.open(inner, "rb")
 
@@ -75,7 +81,7 @@ def zip_members(path: str) -> Iterator[Member]:
     with open_file(path) as file:
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, struct.error, OverflowError) as error:
+        except (zipfile.BadZipFile, struct.error, OverflowError, NotImplementedError, ValueError) as error:
             raise ValueError(f"{path} is no whole .zip archive ({error}): download or make it again") from error
         for info in archive.infolist():
             if info.is_dir():
@@ -110,6 +116,13 @@ def _unzip(file: IO[bytes], packed: int, size: int, method: int, checksum: int) 
 
 class _Header(tarfile.TarInfo):
     """Tells the archive why no file follows, since `tarfile` takes a damaged header for the end."""
+
+    @classmethod
+    def frombuf(cls, *given: Any) -> _Header:
+        header = super().frombuf(*given)
+        if header.type in NOTES and header.size > MAX_NOTE:  # which tarfile would read whole
+            raise tarfile.InvalidHeaderError(f"{header.size:,} bytes of notes")  # type: ignore[attr-defined]
+        return header
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> _Header:

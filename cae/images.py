@@ -20,7 +20,7 @@ from cae import dicom
 Fit = Literal["crop", "squash"]
 MAX_PIXELS = 100_000_000
 # Pillow knows more, some of which run other programs or take anything for an image.
-FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
 SWEEPS, RELAXATION = 32, 1.7  # of `inpaint`: 1.7 is best for holes 17 pixels wide, and 0.7^32 is 1e-5
 
 

@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
-import fsspec
 from PIL import Image
 
 from cae.archives import DAMAGED, NOT_ITS_FAULT, Member, open_file, read_span, tar_members, zip_members
@@ -85,7 +84,7 @@ def survey(source: str, rows: int = 256) -> Survey:
 
 
 def read(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
-    """Each image of a piece, encoded; where there is none, why.
+    """Each image of a piece, encoded; where there is none, why, of which `frames` makes one line.
 
     Raises OSError where the way to a file fails and not the file: the piece is then to be read again.
     """
@@ -129,17 +128,17 @@ def _chunks(items: Sequence[Item], rows: int) -> list[Piece]:
 def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:
     """Whole files, and members of archives; an archive is opened once for neighbours."""
     with ExitStack() as files:
-        archive, opened = "", io.BytesIO()
+        archive, opened = "", None
         for item in items:
             content, problem = b"", item.problem
             try:
                 if problem:
                     pass
                 elif not item.span:
-                    with fsspec.open(item.path, "rb") as file:
+                    with open_file(item.path) as file:
                         content = read_span(file)
                 else:
-                    if item.path != archive:
+                    if opened is None or item.path != archive:
                         files.close()
                         archive, opened = item.path, files.enter_context(open_file(item.path))
                     content = read_span(opened, item.span)
@@ -148,7 +147,7 @@ def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:
             except OSError as error:
                 problem = f"the file cannot be read: {error.strerror or error}"
             except (ValueError, ImportError, zlib.error) as error:  # fsspec's, for URLs, are ValueError and ImportError
-                problem = str(error).splitlines()[0]
+                problem = str(error) or type(error).__name__
             yield item, content, problem
 
 
@@ -161,7 +160,10 @@ def _list(path: str, members: Iterable[Member]) -> tuple[Layout, list[Item]]:
     manifest = None
     for member in members:
         if member.name.split("/")[-1] == MANIFEST and member.name.count("/") <= 1 and not member.problem:
-            manifest = member.content()
+            try:
+                manifest = member.content()
+            except DAMAGED as error:
+                raise ValueError(f"{member.name} in {path} is damaged: {error}") from error
         if may_be_image(member.name):
             found.append(replace(member, content=bytes))
     if not found:
@@ -282,10 +284,11 @@ def _read_table(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
         columns = table.schema_arrow.names
         image = _image_column(table.schema_arrow)
         path = _column([column for column in columns if column != image], PATHS)
-        wanted = {image, path, *(_column(columns, kind) for kind in (LABELS, ("split",), GROUP_COLUMNS))} - {None}
+        about = (_column(columns, kind) for kind in (LABELS, ("split",), GROUP_COLUMNS))
+        wanted = sorted({name for name in (image, path, *about) if name is not None})
         problem = "the table is shorter than it says"
         try:
-            for batch in table.iter_batches(16, [piece["group"]], sorted(wanted)):
+            for batch in table.iter_batches(16, [piece["group"]], wanted):
                 for row in batch.to_pylist():
                     held = row.pop(image)
                     given = row.get(path)
@@ -295,7 +298,7 @@ def _read_table(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
         except NOT_ITS_FAULT:
             raise
         except (OSError, ValueError) as error:
-            problem = f"the table is damaged here: {str(error).splitlines()[0]}"
+            problem = f"the table is damaged here: {error}"
         for _ in range(operator.length_hint(numbers)):
             yield item({}), b"", problem
 

@@ -44,7 +44,7 @@ def good() -> dict[str, tuple[bytes, int]]:
     found["png called.txt"] = png, 1
     found["called nothing"] = png, 1
     found["more behind it.png"] = png + b"\0" * 1000, 1
-    for transparency in ("LA", "RGBA", "PA"):
+    for transparency in ("LA", "RGBA"):
         found[f"{transparency}.png"] = encoded(Image.fromarray(COLOUR).convert(transparency), "PNG"), 1
     found["lab.tiff"] = encoded(Image.fromarray(COLOUR).convert("LAB"), "TIFF"), 1
     found["pages.tiff"] = photo("TIFF", save_all=True, append_images=[Image.fromarray(COLOUR)]), 1
