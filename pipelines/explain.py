@@ -146,7 +146,7 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
         "says": f"{statuses.total():,} rows by mode {options.mode} in {run.path('explanations')}: {says or 'none'}",
         "statuses": dict(statuses),
         "reasons": dict(reasons.most_common(100)),
-        **{f"explain/{name}": float(count) for name, count in statuses.items()},
+        **{f"explain/rows/{name}": float(count) for name, count in statuses.items()},
     }
 
 
@@ -215,9 +215,13 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
         return main(options)
     if not options.archive or not options.out:
         raise UserError("--archive says what to explain and --out where to: give both, or neither")
-    archive, out = (os.path.abspath(path) if "://" not in path else path for path in (options.archive, options.out))
+    archive, out = (
+        path.rstrip("/") if "://" in path else os.path.abspath(path) for path in (options.archive, options.out)
+    )
     if f"{out}/".startswith((f"{archive}/", f"{options.run}/")):
         raise UserError(f"--out {options.out} lies in the archive or in the run folder: choose a folder of its own")
+    if set(Run(out).state["stages"]) - {"explain"}:
+        raise UserError(f"--out {options.out} is the folder of another run: choose a folder of its own")
     model = Run(options.run)
     runs.refuse_unfinished(model, options, NEEDS)
     # The new folder is a run folder of this stage alone; it is tracked where the finished run is.

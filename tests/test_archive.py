@@ -56,7 +56,7 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
     assert "unreadable 2 (10.5%)" in done.stdout
     client = mlflow.MlflowClient(state(out)["tracking_uri"])
     logged = client.get_run(state(out)["mlflow_run_id"]).data.metrics
-    assert {name: logged[f"explain/{name}"] for name in result["statuses"]} == result["statuses"]
+    assert {name: logged[f"explain/rows/{name}"] for name in result["statuses"]} == result["statuses"]
 
     done = command("explain.py", *words)
     assert done.returncode == 0 and "already done" in done.stdout

@@ -83,6 +83,10 @@ def tree(root: Path) -> set[bytes]:
 
 def test_every_file_is_a_row_and_nothing_is_written_elsewhere(tmp_path: Path, explain: Any) -> None:
     source, out = write(tmp_path / "images"), tmp_path / "out"
+    strange = {"pipe.png", "loop", "nowhere.png"}
+    os.mkfifo(f"{source}/pipe.png")
+    os.symlink(".", f"{source}/loop")
+    os.symlink("nothing", f"{source}/nowhere.png")
     before = tree(tmp_path)
     counts = do(explain(out), source, overlays=40)
     written = {os.fsdecode(path) for path in tree(tmp_path) - before}
@@ -92,7 +96,8 @@ def test_every_file_is_a_row_and_nothing_is_written_elsewhere(tmp_path: Path, ex
     assert found.id.is_unique and len(found) == counts.total()
     found["name"] = found.id.str.replace(r"(\[\d+\])?#[0-9a-f]{16}$", "", regex=True)
     by_name = dict(list(found.groupby("name")))
-    assert set(by_name) == {sources.text(name) for name in FILES}
+    assert set(by_name) == {sources.text(name) for name in FILES} | strange
+    assert all(by_name[name].error.str.startswith("the file cannot be read: ").all() for name in strange)
     for name, (_, pictures) in GOOD.items():
         mine = by_name[sources.text(name)]
         assert len(mine) == pictures and set(mine.status) <= {"flipped", "unflipped", "reconstruction_flipped"}, name
