@@ -91,7 +91,7 @@ class ExplainWorker:
 
     def table(self, rows: list[dict[str, Any]], split: str) -> pa.Table:
         """Rows of images of one split as they are written."""
-        return pa.Table.from_pylist([row | {"split": split} for row in rows], _schema(self.size))
+        return pa.Table.from_pylist([row | {"split": split} for row in rows], SCHEMA)
 
     def failed(self, name: str, reason: str, source: int | None = None, target: int | None = None,
                status: str = "failed") -> dict[str, Any]:  # fmt: skip
@@ -204,16 +204,15 @@ class ArchiveWorker:
 COUNTED = pa.schema({"status": pa.string(), "error": pa.string(), "rows": pa.int64()})
 
 
-def _schema(size: int) -> pa.Schema:
-    half = pa.list_(pa.float16(), size * size)
-    return pa.schema({
-        "id": pa.string(), "split": pa.string(),
-        "source": pa.int32(),  # the classifier's class
-        "target": pa.int32(), "status": pa.string(), "error": pa.string(),
-        "counter_ids": pa.list_(pa.string()), "counter_statuses": pa.list_(pa.string()), "mode": pa.string(),
-        "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
-        "p_target_start": pa.float32(), "p_target_end": pa.float32(), "reconstruction_error": pa.float32(),
-        "class_code": pa.list_(pa.float32()), "code_distance": pa.float32(), "size": pa.int32(),
-        "map": half, "signed": half,
-        "frames": pa.list_(pa.binary()), "frame_p": pa.list_(pa.float32()),
-    })  # fmt: skip
+_MAP = pa.list_(pa.float16())  # size * size; Parquet cannot read lists of fixed size back where some are null
+SCHEMA = pa.schema({
+    "id": pa.string(), "split": pa.string(),
+    "source": pa.int32(),  # the classifier's class
+    "target": pa.int32(), "status": pa.string(), "error": pa.string(),
+    "counter_ids": pa.list_(pa.string()), "counter_statuses": pa.list_(pa.string()), "mode": pa.string(),
+    "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
+    "p_target_start": pa.float32(), "p_target_end": pa.float32(), "reconstruction_error": pa.float32(),
+    "class_code": pa.list_(pa.float32()), "code_distance": pa.float32(), "size": pa.int32(),
+    "map": _MAP, "signed": _MAP,
+    "frames": pa.list_(pa.binary()), "frame_p": pa.list_(pa.float32()),
+})  # fmt: skip
