@@ -27,7 +27,7 @@ def explained(out: Path) -> pd.DataFrame:
 def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     new = {f"ward/{i}.png": encode_png(blob(rng, i % 2)) for i in range(9)}
-    known = {f"spot/{i:02}.png": (archive / "spot" / f"{i:02}.png").read_bytes() for i in range(8)}
+    known = {f"spot/{path.name}": path.read_bytes() for path in (archive / "spot").glob("[0-9]*")}
     broken = {"ward/cut.jpg": corpus.CORPUS["jpeg"][0][:300], "notes": b"no picture"}
     (tmp_path / "new.zip").write_bytes(corpus.zipped(new | known | broken))
     out, before = tmp_path / "out", (finished / "run.json").read_bytes()
@@ -44,7 +44,7 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
     # An image that the run has explained gets the same map and code.
     theirs = [pd.read_parquet(path) for path in finished.glob("explanations/split=*/*.parquet")]
     both = rows.merge(pd.concat(theirs), on=["id", "target"])
-    codes = pd.concat([pd.read_parquet(path) for path in finished.rglob("codes/**/*.parquet")]).set_index("id")
+    codes = pd.concat([pd.read_parquet(path) for path in finished.glob("codes/**/*.parquet")]).set_index("id")
     assert len(both)
     for row in both.itertuples():
         assert row.status_x == row.status_y
@@ -53,7 +53,7 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
 
     result = state(out)["stages"]["explain"]["result"]
     assert result["statuses"] == rows.status.value_counts().to_dict() and sum(result["reasons"].values()) == 2
-    assert "unreadable 2 (10.5%)" in done.stdout
+    assert "unreadable 2 (3.9%)" in done.stdout
     client = mlflow.MlflowClient(state(out)["tracking_uri"])
     logged = client.get_run(state(out)["mlflow_run_id"]).data.metrics
     assert {name: logged[f"explain/rows/{name}"] for name in result["statuses"]} == result["statuses"]
