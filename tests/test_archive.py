@@ -32,7 +32,8 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
     (tmp_path / "new.zip").write_bytes(corpus.zipped(new | known | broken))
     out, before = tmp_path / "out", (finished / "run.json").read_bytes()
     words = ["--run", str(finished), "--archive", str(tmp_path / "new.zip"), "--out", str(out)]
-    done = command("explain.py", *words, "--overlays", "4")
+    words += ["--overlays", "4"]
+    done = command("explain.py", *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (finished / "run.json").read_bytes() == before
 
