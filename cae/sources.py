@@ -261,6 +261,8 @@ def _survey_tables(paths: Sequence[str], rows: int) -> Survey:
             told = [column for wanted in (LABELS, ("split",)) if (column := _column(columns, wanted)) is not None]
             for group in range(table.num_row_groups):
                 count = table.metadata.row_group(group).num_rows
+                if not count:
+                    continue
                 described |= {_describe(Item("", "", None, None, None), row)
                               for row in table.read_row_group(group, told).to_pylist()}  # fmt: skip
                 prefix = f"{os.path.basename(path)}/" if len(paths) > 1 else ""

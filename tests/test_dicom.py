@@ -130,7 +130,7 @@ def test_lookup_tables() -> None:
                             ("Data", (np.arange(16) * 4096 * (k + 1) % 65536).astype(np.uint16).tobytes()))
     }  # fmt: skip
     picture = np.asarray(load(dicom(values, PhotometricInterpretation="PALETTE COLOR", **palette)))
-    assert np.array_equal(picture, np.stack([values * 16 * (k + 1) % 256 for k in range(3)], 2))
+    assert np.array_equal(picture, np.stack([values.astype(int) * 16 * (k + 1) % 256 for k in range(3)], 2))
 
 
 def test_colour() -> None:

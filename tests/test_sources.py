@@ -238,7 +238,8 @@ def good_names(held: dict[str, tuple[Item, bytes, str]]) -> set[str]:
 def test_a_cut_or_damaged_tar_gives_what_is_before_and_says_so(tmp_path: Path, packed: str) -> None:
     whole = Path(tarred(tmp_path / "whole.tar", FILES)).read_bytes()
     header = 512 + 1024 * 5  # of the sixth file: the folder has one block, each file two
-    cuts = {"a header": header + 100, "a file": header + 600, "between files": header, "the end": len(whole) - 10240}
+    cuts = {"a header": header + 100, "a file": header + 600, "between files": header}
+    cuts["the end"] = 1024 * (len(FILES) + 1)
     cases = {name: whole[:at] for name, at in cuts.items()}
     cases["flipped"] = whole[: header + 3] + b"\xff\xff" + whole[header + 5 :]
     pack: dict[str, Callable[[bytes], bytes]] = {
@@ -313,7 +314,7 @@ def test_links_devices_and_secrets_are_rows_not_files(tmp_path: Path) -> None:
         assert "a device, a pipe" in held["dev.png"][2] and "a device, a pipe" in held["pipe.png"][2]
         for odd in ("../../climb.png", "/absolute.png", "ok.png"):
             assert held[odd][1] == FILES["train/cat/0.png"] and held[odd][0].label is None
-    assert sorted(path.name for path in tmp_path.parent.glob("**/*.png")) == []
+    assert not [*tmp_path.glob("**/*.png"), *tmp_path.parents[1].glob("climb.png")]
 
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as zip_archive:
         link = zipfile.ZipInfo("link.png")
