@@ -258,8 +258,13 @@ def test_a_cut_or_damaged_tar_gives_what_is_before_and_says_so(tmp_path: Path, p
         data = pack[packed](whole)
         for cut in (len(data) // 2, len(data) - 20):
             path.write_bytes(data[:cut])
-            held = contents(str(path))
-            assert good_names(held) <= set(FILES) and any("damaged" in problem for _, _, problem in held.values())
+            try:
+                held = contents(str(path))
+            except ValueError as error:  # not even the first block can be unpacked
+                assert packed == "tar.bz2" and "is no tar archive" in str(error)
+                continue
+            good = good_names(held)  # all of them where only the tar's closing zeros are gone
+            assert good == set(FILES) or any("damaged" in problem for _, _, problem in held.values())
 
 
 def test_a_damaged_zip_loses_only_what_is_damaged(tmp_path: Path) -> None:
