@@ -29,7 +29,8 @@ from cae.images import to_tensor
 from cae.networks import CAE
 from pipelines.bulk import read_images, read_table
 from pipelines.cluster import place
-from pipelines.explain import BATCH, read_counter_codes
+from pipelines.explain import read_counter_codes
+from pipelines.maps import BATCH
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")

@@ -19,7 +19,8 @@ from cae.peers.table import Peer, peers
 from cae.sanity import rank_correlation, structural_similarity
 from pipelines.bulk import read_images, read_table
 from pipelines.cluster import place
-from pipelines.explain import BATCH, read_counter_codes
+from pipelines.explain import read_counter_codes
+from pipelines.maps import BATCH
 from pipelines.run import Run
 
 Method = Callable[[BlackBox, Tensor, Tensor, Tensor], Tensor]

@@ -32,7 +32,8 @@ from matplotlib.figure import Figure
 from record import append, machine
 
 from pipelines.bulk import shard_units
-from pipelines.explain import ExplainOptions, ExplainWorker, path_options
+from pipelines.explain import ExplainOptions, path_options
+from pipelines.maps import ExplainWorker
 from pipelines.run import Run
 from pipelines.ways import read_ways
 
@@ -85,8 +86,8 @@ def bare_rate(folder: Path) -> float:
     options = ExplainOptions(run=str(folder), overlays=0)
     chosen = run.result("classify")
     torch.set_num_threads(os.cpu_count() or 1)
-    worker = ExplainWorker(run, chosen["spec"], tuple(chosen["classes"]), 32, "crop", "cpu", read_ways(run, options),
-                           False, path_options(options))  # fmt: skip
+    worker = ExplainWorker(run, chosen["spec"], tuple(chosen["classes"]), run.path("cae"), 32, "crop", "cpu",
+                           read_ways(run, options), False, path_options(options))  # fmt: skip
     units = [unit | {"overlays": 0} for unit in shard_units(run)]
     worker(units[0])  # warm
     begun, done = time.time(), 0

@@ -26,11 +26,11 @@ import tyro
 from record import append, machine
 
 from cae import classifiers, training
+from cae.blackboxes import resolve
 from cae.images import to_tensor
 from cae.judgement import draw_donors, judge
 from pipelines import run as runs
 from pipelines.bulk import read_images, read_table
-from pipelines.classify import absolute
 from pipelines.cluster import connect
 from pipelines.run import Run
 from pipelines.train import TrainOptions, fit
@@ -75,7 +75,7 @@ def measure(run: Run, options: TrainOptions, name: str, split: str, images: int)
     chosen = run.result("classify")
     names = tuple(chosen["classes"])
     blackbox = classifiers.load(chosen["spec"], names)
-    oracle = classifiers.load(absolute(options.oracle), names) if options.oracle else None
+    oracle = classifiers.load(resolve(options.oracle, options.trust_pickle), names) if options.oracle else None
     table = read_table(run, "predictions", ["id", "split", "predicted"]).to_pandas()
     table = table[table.split == split]
     table = table.sample(min(images, len(table)), random_state=0)  # the same for all

@@ -1,11 +1,13 @@
-"""The black box b: image -> class logits. The built-in ResNets, and the user's own behind the same interface.
+"""The black box b: image -> class logits. The built-in ResNets, and those of blackboxes.py behind the same interface.
 
 Legend: B batch, H height, W width, C classes. Images are (B, 3, H, W) in [-1, 1].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,16 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cae.checkpoint import read_model, read_weights, save_model
+from cae.blackboxes import TRUSTED, is_foreign, open_foreign, read_card
+from cae.checkpoint import read_model, save_model
 from cae.config import ClassifierConfig
 
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
-
-
-def _check_arch(name: str) -> None:
-    if name not in LAYERS:
-        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(LAYERS)}")
+PROBE = (128, 128)  # the images that a classifier for any size is tried on when it is opened
 
 
 class ResidualUnit(nn.Module):
@@ -60,7 +59,8 @@ class ResNet(nn.Module):
 
     def __init__(self, arch: str, classes: int, stem: Literal["imagenet", "small"] = "imagenet") -> None:
         super().__init__()
-        _check_arch(arch)
+        if arch not in LAYERS:
+            raise ValueError(f"unknown network {arch!r}: choose one of {', '.join(LAYERS)}")
         bottleneck = arch in BOTTLENECK
         small = stem == "small"
         self.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
@@ -89,34 +89,49 @@ class ResNet(nn.Module):
 class BlackBox(nn.Module):
     """A classifier as the rest of the project sees it: images in [-1, 1] of any size -> logits (B, C).
 
-    `mean` and `std` are those of the network's own inputs in [0, 1]; `input_size` is the size that it wants, if any.
-    `cam_layer` names the layer whose activations Grad-CAM uses.
+    `channels`, `layout`, `input_size` and `outputs` are the network's own (see `cae.blackboxes.Card`), as are `mean`
+    and `std`, which are those of inputs in [0, 1]. `cam_layer` names the layer whose activations Grad-CAM uses, ""
+    where there is none. `differentiable` says whether gradients reach the image.
     """
 
     def __init__(
         self,
         net: nn.Module,
         classes: tuple[str, ...],
-        mean: float | list[float] = 0.5,
-        std: float | list[float] = 0.5,
-        input_size: int | None = None,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        input_size: int | tuple[int, int] | None = None,
         cam_layer: str = "layer4",
+        *,
+        channels: Literal["RGB", "BGR", "grey"] = "RGB",
+        layout: Literal["NCHW", "NHWC"] = "NCHW",
+        outputs: Literal["logits", "probabilities"] = "logits",
+        differentiable: bool = True,
     ) -> None:
         super().__init__()
         self.net = net
         self.classes = classes
-        self.input_size = input_size
+        self.input_size = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.cam_layer = cam_layer
+        self.channels, self.layout, self.outputs = channels, layout, outputs
+        self.differentiable = differentiable
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = ((x + 1) / 2 - self.mean) / self.std
-        if self.input_size is not None and set(x.shape[-2:]) != {self.input_size}:
-            x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
-        return self.net(x)
+        x = (x + 1) / 2
+        if self.channels != "RGB":
+            x = x.flip(1) if self.channels == "BGR" else x.mean(1, keepdim=True)
+        x = (x - self.mean) / self.std
+        if self.input_size is not None and x.shape[-2:] != self.input_size:
+            x = F.interpolate(x, size=self.input_size, mode="bilinear", antialias=True)
+        y = self.net(x if self.layout == "NCHW" else x.permute(0, 2, 3, 1))
+        if y.numel() == len(y):  # of two classes the second one's
+            y = y.reshape(-1, 1)
+            y = torch.cat([torch.zeros_like(y) if self.outputs == "logits" else 1 - y, y], 1)
+        return y if self.outputs == "logits" else y.clamp(min=torch.finfo(y.dtype).tiny).log()
 
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:
@@ -142,45 +157,92 @@ def save(folder: str, blackbox: BlackBox, config: ClassifierConfig) -> None:
 def class_names(spec: str, found: tuple[str, ...]) -> tuple[str, ...]:
     """The classes of the classifier that `spec` names, in order, for data with the classes `found` (perhaps none).
 
-    One saved by this project knows its own, and the data may have fewer; a torchvision one takes the data's, or
-    numbers its outputs where the data has none. Raises ValueError, in one line, where they do not fit.
+    One that knows its own may know more than the data has; another takes the data's, or numbers its outputs where the
+    data has none. Raises ValueError, in one line, where they do not fit.
     """
-    if spec.startswith("torchvision:"):
-        blackbox = _load_torchvision(spec, found)
-    else:
-        state, config = read_model(spec)
-        blackbox = _load_own(spec, state, config)
-    unknown = [name for name in found if name not in blackbox.classes]
+    known = _open(spec, found).classes
+    unknown = [name for name in found if name not in known]
     if unknown:
         raise ValueError(
-            f"the classifier {spec} knows the classes {', '.join(blackbox.classes)} and the data has {unknown[0]!r}: "
+            f"the classifier {spec} knows the classes {', '.join(known)} and the data has {unknown[0]!r}: "
             "take that class's folder out, or give a classifier that knows it"
         )
-    return blackbox.classes
+    return known
 
 
 def load(spec: str, classes: tuple[str, ...] = ()) -> BlackBox:
     """The frozen classifier that `spec` names, in evaluation mode.
 
     FOLDER                        one saved by this project
-    torchvision:NAME@WEIGHTS      a torchvision ResNet's state dict (.safetensors, or .pth of which only tensors are
-                                  read); its inputs are normalised as ImageNet's. `classes` names its outputs,
-                                  which are numbered without.
+    torchvision:NAME@WEIGHTS      a network of torchvision (its ResNets need no torchvision), or of timm, with a state
+    timm:NAME@WEIGHTS             dict: .safetensors, or .pth of which only tensors are read
+    FILE.pt2, FILE.onnx           one saved by torch.export.save, or as ONNX
+    http://…, https://…           a server that answers in JSON
+    package.module:function       float tensors -> numbers (B, C)
+    FILE.json                     a `cae.blackboxes.Card` that names one of these and says what it takes and gives;
+                                  one beside the file, of the same name, is read too
 
-    Raises ValueError, in one line, for anything else.
+    `classes` names the outputs where the card does not; they are numbered without. Raises ValueError, in one line, for
+    anything else, and for a classifier that fails on a grey image. Pickles are refused unless the spec comes from
+    `cae.blackboxes.resolve` with `trust_pickle`.
     """
-    if spec.startswith("torchvision:"):
-        blackbox = _load_torchvision(spec, classes)
-    else:
-        state, config = read_model(spec)
-        blackbox = _load_own(spec, state, config)
+    blackbox = _open(spec, classes)
     if classes and blackbox.classes != classes:
         raise ValueError(
             f"the classifier {spec} knows the classes {', '.join(blackbox.classes)}, "
             f"the data has {', '.join(classes)}: they must be the same, in the same order"
         )
-    _fuse(blackbox.eval().net)
-    return blackbox.requires_grad_(False)
+    if isinstance(blackbox.net, ResNet):
+        _fuse(blackbox.net)
+    return blackbox
+
+
+def _open(spec: str, classes: tuple[str, ...]) -> BlackBox:
+    """The classifier, frozen; `classes` names the outputs of one that does not know their names."""
+    inner = spec.removeprefix(TRUSTED)
+    foreign = is_foreign(inner)
+    blackbox = _open_foreign(inner, spec != inner, classes) if foreign else _open_own(spec, *read_model(spec))
+    return blackbox.eval().requires_grad_(False)
+
+
+def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBox:
+    what, card = read_card(spec)
+    if not is_foreign(what):
+        return _open_own(what, *read_model(what))
+    net, card = open_foreign(what, card, trusted, {f"torchvision:{arch}": partial(ResNet, arch) for arch in LAYERS})
+    blackbox = BlackBox(
+        net.requires_grad_(False), card.classes, 0.0 if card.mean is None else card.mean,
+        1.0 if card.std is None else card.std, card.input_size,
+        card.cam_layer or ("layer4" if isinstance(net, ResNet) else ""),
+        channels=card.channels, layout=card.layout, outputs=card.outputs,
+    )  # fmt: skip
+    x = torch.zeros(2, 3, *(blackbox.input_size or PROBE))
+    try:
+        logits = _try(blackbox, x)
+        _, outputs = logits.shape
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the classifier {spec} fails on two grey images of {x.shape[2]} x {x.shape[3]} pixels: "
+            f"{reason.splitlines()[0]}"
+        ) from error
+    blackbox.differentiable = logits.requires_grad
+    blackbox.classes = card.classes or classes or tuple(str(i) for i in range(outputs))
+    if outputs != len(blackbox.classes):
+        raise ValueError(
+            f"the classifier {spec} has {outputs} outputs and there are {len(blackbox.classes)} classes "
+            f"({', '.join(blackbox.classes)}): name its outputs, in order, under `classes` in the JSON beside it"
+        )
+    return blackbox
+
+
+def _try(blackbox: BlackBox, x: Tensor) -> Tensor:
+    """Logits for images x, which need a gradient if they can have one."""
+    with torch.enable_grad():
+        try:
+            return blackbox(x.clone().requires_grad_())
+        except RuntimeError:  # a function in NumPy takes no tensor that wants a gradient
+            return blackbox(x)
 
 
 def _fuse(net: nn.Module) -> None:
@@ -196,7 +258,7 @@ def _fuse(net: nn.Module) -> None:
                 setattr(parent, norm, nn.Identity())
 
 
-def _load_own(spec: str, state: dict[str, Tensor], config: dict[str, Any]) -> BlackBox:
+def _open_own(spec: str, state: dict[str, Tensor], config: dict[str, Any]) -> BlackBox:
     try:
         names = tuple(config["classes"])
         net = ResNet(config["arch"], len(names), config["stem"])
@@ -205,29 +267,6 @@ def _load_own(spec: str, state: dict[str, Tensor], config: dict[str, Any]) -> Bl
         reason = str(error).splitlines()[0]
         raise ValueError(f"{spec} is no classifier saved by this project: {reason}") from error
     return _own(net, names)
-
-
-def _load_torchvision(spec: str, classes: tuple[str, ...]) -> BlackBox:
-    name, _, path = spec.removeprefix("torchvision:").partition("@")
-    if not path:
-        raise ValueError(f"--classifier {spec} names no weights: write torchvision:NAME@FILE.safetensors")
-    _check_arch(name)
-    state = read_weights(path)
-    if "fc.weight" not in state:
-        raise ValueError(f"the weights in {path} are no torchvision ResNet's: they hold no fc.weight")
-    outputs = len(state["fc.weight"])
-    classes = classes or tuple(str(i) for i in range(outputs))
-    if outputs != len(classes):
-        raise ValueError(
-            f"the weights in {path} have {outputs} outputs, the data has {len(classes)} classes "
-            f"({', '.join(classes)}): give weights trained on these classes, in this order"
-        )
-    net = ResNet(name, outputs)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {name}") from error
-    return BlackBox(net, classes, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ClassHead = Literal["learned", "distilled", "blackbox"]
+ClassHead = Literal["auto", "learned", "distilled", "blackbox"]
 Preset = Literal["paper", "standard", "quick"]
 
 
@@ -110,7 +110,8 @@ class TrainConfig:
     """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes: 0 as
     the authors."""
     class_head: ClassHead = "learned"
-    """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, or `blackbox`: b itself."""
+    """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, or `blackbox`: b itself, which
+    must have a gradient. `auto`: `blackbox`, or `distilled` where b has none."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ PRESETS: dict[Preset, PresetConfig] = {
         ),
         TrainConfig(
             pairs=100_000, epochs=20.0, batch=8, lr=5e-4, disc_lr=1e-4, class_lr=2e-5, lr_halvings=4, ema=0.999,
-            warm_up=2000, class_head="blackbox",
+            warm_up=2000, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", epochs=10),
         LossWeights(recon_x=20.0, keep=1.0),
@@ -166,7 +167,7 @@ PRESETS: dict[Preset, PresetConfig] = {
         ),
         TrainConfig(
             pairs=20_000, epochs=3.0, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-5, lr_halvings=3, ema=0.995,
-            warm_up=1200, class_head="blackbox",
+            warm_up=1200, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
         LossWeights(recon_x=20.0, keep=1.0),

@@ -13,8 +13,8 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
@@ -55,6 +55,10 @@ class Item:
     """Class name, None when unknown."""
     group: str | None
     """Items of one group (a patient, say) never straddle splits."""
+    span: tuple[int, ...] = ()
+    """Where it lies in that file, as `cae.sources` has it; empty: it is the whole file."""
+    problem: str = ""
+    """Why it cannot be read, where that is known already."""
 
 
 class DatasetMissing(ValueError):
@@ -108,6 +112,7 @@ SPLITS = {
 }  # fmt: skip
 NOT_IMAGES = ("readme*", "license*", "licence*", "*.csv", "*.json", "*.md", "thumbs.db", "desktop.ini")
 GROUP_COLUMNS = ("patient", "group", "patient_id", "group_id")
+MANIFEST = "manifest.csv"
 MIN_TRAIN = 3
 
 
@@ -120,7 +125,7 @@ def locate(dataset: str, data_root: str | None = None) -> str:
     if dataset == "synthetic":
         return dataset
     if dataset not in DATASETS:
-        fs, path = _filesystem(dataset)
+        fs, path = filesystem(dataset)
         if fs.exists(path):
             return dataset
         names = ", ".join(sorted([*DATASETS, "synthetic"]))
@@ -128,7 +133,7 @@ def locate(dataset: str, data_root: str | None = None) -> str:
     known = DATASETS[dataset]
     root = data_root or os.environ.get("CAE_DATA") or "data"
     folder = f"{root.rstrip('/')}/{dataset}"
-    fs, path = _filesystem(folder)
+    fs, path = filesystem(folder)
     if fs.isfile(f"{path}/{dataset}.npz"):
         return f"{folder}/{dataset}.npz"
     if fs.isdir(path) and fs.ls(path):
@@ -139,35 +144,60 @@ def locate(dataset: str, data_root: str | None = None) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What names say: `SPLIT/CLASS/...` where a first folder is called as a split is (train, val, valid, validation,
+    test, in any case), else `CLASS/...`, else flat. Names that fit neither carry no label.
+    """
+
+    by_split: bool = False
+    """Whether first folders are splits."""
+    inside: str = ""
+    """The folder that all names lie in, with its slash: it says nothing."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Name to group, from a manifest."""
+
+    def item(self, path: str, name: str, span: tuple[int, ...] = (), problem: str = "") -> Item:
+        """The image called `name` in the file `path`."""
+        *folders, _ = [part for part in name.removeprefix(self.inside).split("/") if part not in ("", ".", "..")] or [
+            ""
+        ]
+        split = None
+        if self.by_split:
+            split = SPLITS.get(folders[0].lower()) if folders else None
+            folders = folders[1:] if split else []
+        return Item(path, name, split, text(folders[0]) if folders else None, self.groups.get(name), span, problem)
+
+
+def layout_of(names: Sequence[str], manifest: bytes | None = None, where: str = "", inside: str = "") -> Layout:
+    """The layout of the files called `names`, with groups from a `manifest.csv`, whose path `where` errors name.
+
+    Raises ValueError, in one line, when the manifest names none of the files.
+    """
+    below = [name.removeprefix(inside) for name in names]
+    by_split = any("/" in name and name.split("/")[0].lower() in SPLITS for name in below)
+    groups = {} if manifest is None else _groups(manifest, where, below)
+    return Layout(by_split, inside, {inside + name: group for name, group in groups.items()})
+
+
 def list_images(root: str) -> list[Item]:
     """Every file of a folder that could be meant as an image, sorted by name.
 
-    `SPLIT/CLASS/...` when a first folder is called as a split is (train, val, valid, validation, test, in any case),
-    else `CLASS/...`, else a flat folder. Files that fit neither carry no label. Groups come from a `manifest.csv` in
-    the root with a column `file` and one of GROUP_COLUMNS. Raises ValueError, in one line, when the folder is none
-    or empty, or when its manifest names none of its files.
+    Splits and classes as `Layout` has them. Groups come from a `manifest.csv` in the root with a column `file` and one
+    of GROUP_COLUMNS. Raises ValueError, in one line, when the folder is none or empty, or when its manifest names none
+    of its files.
     """
-    fs, base = _filesystem(root)
+    fs, base = filesystem(root)
     if not fs.isdir(base):
         raise ValueError(f"{root} is no folder; give a folder of images")
     base = base.rstrip("/")
-    names = sorted(name for path in fs.find(base) if _may_be_image(name := path[len(base) + 1 :]))
+    names = sorted(name for path in fs.find(base) if may_be_image(name := path[len(base) + 1 :]))
     if not names:
         raise ValueError(f"{root} holds no images; expected SPLIT/CLASS/*, CLASS/* or a flat folder of image files")
-    groups = _groups(fs, base, names)
-    by_split = any("/" in name and name.split("/")[0].lower() in SPLITS for name in names)
+    manifest = f"{base}/{MANIFEST}"
+    layout = layout_of(names, fs.cat_file(manifest) if fs.isfile(manifest) else None, manifest)
     local = "file" in fs.protocol
-    items = []
-    for name in names:
-        *folders, _ = name.split("/")
-        split = None
-        if by_split:
-            split = SPLITS.get(folders[0].lower()) if folders else None
-            folders = folders[1:] if split else []
-        label = folders[0] if folders else None
-        path = f"{base}/{name}" if local else fs.unstrip_protocol(f"{base}/{name}")
-        items.append(Item(path, name, split, label, groups.get(name)))
-    return items
+    return [layout.item(f"{base}/{name}" if local else fs.unstrip_protocol(f"{base}/{name}"), name) for name in names]
 
 
 def assign_splits(items: Iterable[Item]) -> list[Item]:
@@ -235,7 +265,7 @@ def read_npz(path: str) -> Iterator[tuple[Item, np.ndarray]]:
     split may be absent. Classes are called as in DATASETS when the file's name starts with a known one, else "0",
     "1", ... The images stream from the file, and nothing pickled is ever loaded. Raises ValueError in one line.
     """
-    fs, inner = _filesystem(path)
+    fs, inner = filesystem(path)
     stem = PurePosixPath(inner).stem.split("_")[0]
     classes = DATASETS[stem].classes if stem in DATASETS else ()
     with fs.open(inner, "rb") as file:
@@ -291,7 +321,7 @@ def _npz_images(archive: zipfile.ZipFile, path: str, key: str, count: int) -> It
             yield image.copy() if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
 
-def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a path or URL, and the path inside it; ValueError when the URL's kind isn't supported."""
     try:
         return url_to_fs(url)
@@ -300,22 +330,24 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         raise ValueError(f"{url} can't be opened: {reason}") from error
 
 
-def _may_be_image(name: str) -> bool:
+def may_be_image(name: str) -> bool:
     """Whether a file, named relative to the archive, is neither hidden nor plainly something else."""
     parts = name.split("/")
-    hidden = any(part.startswith(".") for part in parts)
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
     return not hidden and not any(fnmatch(parts[-1].lower(), pattern) for pattern in NOT_IMAGES)
 
 
-def _groups(fs: AbstractFileSystem, base: str, names: list[str]) -> dict[str, str]:
-    """File name to group, from the manifest; empty when there is none, or it has no group column."""
-    manifest = f"{base}/manifest.csv"
-    if not fs.isfile(manifest):
-        return {}
+def text(name: str) -> str:
+    """A file name as Parquet takes it: bytes that are no UTF-8 become question marks."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _groups(manifest: bytes, where: str, names: list[str]) -> dict[str, str]:
+    """File name to group, from a manifest; empty when it has no group column."""
     try:
-        text = fs.cat_file(manifest).decode("utf-8-sig")
+        text = manifest.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest} is no UTF-8 text; save it as CSV in UTF-8") from error
+        raise ValueError(f"{where} is no UTF-8 text; save it as CSV in UTF-8") from error
     rows = csv.DictReader(io.StringIO(text, newline=""))
     column = next((name for name in GROUP_COLUMNS if name in (rows.fieldnames or ())), None)
     if column is None:
@@ -323,7 +355,7 @@ def _groups(fs: AbstractFileSystem, base: str, names: list[str]) -> dict[str, st
     groups = {row["file"].replace("\\", "/"): row[column] for row in rows if row.get("file") and row[column]}
     # A manifest that doesn't match would otherwise let patients straddle splits unnoticed.
     if groups.keys().isdisjoint(names):
-        raise ValueError(f"{manifest} names no file of its folder; give paths relative to it in a column called file")
+        raise ValueError(f"{where} names no file of its folder; give paths relative to it in a column called file")
     return groups
 
 

@@ -72,11 +72,25 @@ def along(corners: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(corners[rows, segment], corners[rows, segment + 1], share[:, None])
 
 
+def choose_mode(mode: Mode | Literal["auto"], differentiable: bool) -> Mode:
+    """The mode that `auto` stands for, for a classifier with a gradient or without; any other as it is.
+
+    Raises ValueError for `integrated` without a gradient.
+    """
+    if mode == "auto":
+        return "integrated" if differentiable else "patch"
+    if mode == "integrated" and not differentiable:
+        raise ValueError(
+            "--mode integrated needs the classifier's gradient, and this one gives outputs only: choose patch"
+        )
+    return mode
+
+
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor, *,
-            mode: Mode = "integrated", smooth: float = 0.05, steps: int | None = None, refine: int | None = None,
-            margin: float = 0.0, window: float = 0.125, codes: tuple[Tensor, Tensor] | None = None,
-            ) -> Explanation:  # fmt: skip
+            mode: Mode | Literal["auto"] = "auto", smooth: float = 0.05, steps: int | None = None,
+            refine: int | None = None, margin: float = 0.0, window: float = 0.125,
+            codes: tuple[Tensor, Tensor] | None = None) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards counter codes of class `target` (B,).
 
     The path goes from the image's class code by `waypoints` (B, N, D), the last of which is the counter code, or, if
@@ -85,6 +99,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     found to 1 / (steps * 2^refine) of the way by bisection; both as the mode needs where not given: 8 and 4, and for
     `integrated` and `patch` on a straight way 1 and 0. `codes`, as `cae.encode` gives them, save encoding x. Maps:
 
+    - `auto`: `integrated`, or `patch` where b has no gradient;
     - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_patch`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
@@ -95,6 +110,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none.
     `window`, in (0, 1], is the side of the windows of `patch` as a share of the image's shorter side.
     """
+    mode = choose_mode(mode, blackbox.differentiable)
     if not 0 < window <= 1:
         raise ValueError(f"window {window}: give a share of the image's side, above 0 and at most 1")
     class_code, individual_code = cae.encode(x) if codes is None else codes

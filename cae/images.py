@@ -6,6 +6,7 @@ Legend: B batch, H height, W width. Tensors are float32 (B, 3, H, W) in [-1, 1];
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -14,8 +15,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cae import dicom
+
 Fit = Literal["crop", "squash"]
 MAX_PIXELS = 100_000_000
+# Pillow knows more, some of which run other programs or take anything for an image.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
 SWEEPS, RELAXATION = 32, 1.7  # of `inpaint`: 1.7 is best for holes 17 pixels wide, and 0.7^32 is 1e-5
 
 
@@ -23,14 +28,33 @@ class UnreadableImage(ValueError):
     """The bytes are no image that can be used; the message says why, in one line."""
 
 
+def load_all(data: bytes) -> Iterator[tuple[str, Image.Image]]:
+    """Every frame of a DICOM file, called "[0]", "[1]", … if there are several; else what `load` gives, called "".
+
+    Raises UnreadableImage, perhaps behind some frames.
+    """
+    if not dicom.is_dicom(data):
+        yield "", load(data)
+        return
+    try:
+        for name, array in dicom.frames(data, MAX_PIXELS):
+            yield name, Image.fromarray(array).convert("RGB")
+    except ImportError as error:
+        raise UnreadableImage("DICOM needs the package pydicom: pip install pydicom") from error
+    except Exception as error:  # pydicom's as little as Pillow's are of one kind
+        raise UnreadableImage(_reason(error)) from error
+
+
 def load(data: bytes) -> Image.Image:
     """The first frame of an encoded image as upright 8-bit RGB, transparency on black.
 
-    More than 8 bits a channel are windowed from the image's least to its greatest value, since the files do not say
-    how many of their bits carry signal. Raises UnreadableImage.
+    More than 8 bits a channel are windowed: DICOM as the file says, others from the image's least to its greatest
+    value, since they do not say how many of their bits carry signal. Raises UnreadableImage.
     """
+    if dicom.is_dicom(data):
+        return next(load_all(data))[1]
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise UnreadableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
         image.load()
@@ -39,27 +63,40 @@ def load(data: bytes) -> Image.Image:
         raise
     # Pillow's decoders raise whatever their format runs into: OSError, ValueError, SyntaxError, struct.error, ...
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _reason(error)
         raise UnreadableImage("no known image format" if "cannot identify" in reason else reason) from error
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float64)
+        values = np.array(image, np.float32)
         if not np.isfinite(values).all():
             raise UnreadableImage("holds values that are not finite")
         low, high = values.min(), values.max()
-        values = (values - low) * (255 / (high - low) if high > low else 0)
-        image = Image.fromarray(values.round().astype(np.uint8))
+        values -= low
+        values *= 255 / (high - low) if high > low else 0
+        image = Image.fromarray(values.round(out=values).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def decode(data: bytes, size: int, fit: Fit = "crop") -> np.ndarray:
     """Encoded image to a uint8 array (size, size, 3).
 
-    `crop` scales the shorter side to `size` and keeps the centre; `squash` scales both sides. Raises UnreadableImage.
+    Fitted as `fitted` does. Raises UnreadableImage.
     """
-    image = load(data)
+    return fitted(load(data), size, fit)
+
+
+def fitted(image: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray:
+    """An RGB image as a uint8 array (size, size, 3).
+
+    `crop` scales the shorter side to `size` and keeps the centre; `squash` scales both sides.
+    """
     if fit == "crop":
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))

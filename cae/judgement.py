@@ -61,7 +61,7 @@ def judge(cae: CAE, blackbox: BlackBox, x: Tensor, target: Tensor, donors: Tenso
     """Swap, explain and perturb images x (N, 3, H, W), `batch` at a time.
 
     Each gets the class code of x[donors], `donors` (N,), and should then have the class `target` (N,), the donor's.
-    The map is `explain`'s, mode `integrated`. Nothing random but for fixed seeds: two CAEs meet the same questions.
+    The map is that of `explain`'s default mode. Nothing random but for fixed seeds: two CAEs meet the same questions.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
     for rows in torch.arange(len(x), device=x.device).split(batch):
@@ -85,7 +85,7 @@ def _walk(cae: CAE, blackbox: BlackBox, x: Tensor, target: Tensor, donors: Tenso
           oracle: BlackBox | None) -> dict[str, Tensor]:  # fmt: skip
     """From the reconstruction of each of a few images to its swap: images, and what is measured for each image."""
     source = blackbox.probabilities(x).argmax(1)
-    path = explain(cae, blackbox, x, source, target, cae.encode(donors)[0], mode="integrated", steps=1, refine=0)
+    path = explain(cae, blackbox, x, source, target, cae.encode(donors)[0], mode="auto", steps=1, refine=0)
     reconstruction, swap = path.frames[:, 0], path.frames[:, -1]
     p_swap = blackbox.probabilities(swap)
     fine, keeps = (

@@ -141,6 +141,20 @@ class DiscriminatorObjective(nn.Module):
         return terms
 
 
+def choose_class_head(class_head: ClassHead, differentiable: bool) -> ClassHead:
+    """The class head that `auto` stands for, for a classifier with a gradient or without; any other as it is.
+
+    Raises ValueError for `blackbox` without a gradient.
+    """
+    if class_head == "auto":
+        return "blackbox" if differentiable else "distilled"
+    if class_head == "blackbox" and not differentiable:
+        raise ValueError(
+            "--class-head blackbox needs the classifier's gradient, and this one gives outputs only: choose distilled"
+        )
+    return class_head
+
+
 def needs_blackbox(class_head: ClassHead) -> bool:
     """Whether training with this class head asks the black box about swaps."""
     return class_head != "learned"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cae.checkpoint import read_model, save_model
 from cae.config import LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
-from cae.losses import DiscriminatorObjective, GeneratorObjective, needs_blackbox
+from cae.losses import DiscriminatorObjective, GeneratorObjective, choose_class_head, needs_blackbox
 from cae.networks import CAE, Discriminator, prepare
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -67,7 +67,7 @@ class Trainer:
     """The CAE, its discriminator and their optimisers; `step` trains both on one batch of pairs.
 
     `wrap` takes each player's objective and returns what to call instead (DistributedDataParallel, say); nothing in
-    here knows about workers. `blackbox` is needed for the class heads `distilled` and `blackbox`.
+    here knows about workers. `blackbox` is needed for every class head but `learned`. Raises ValueError without it.
     """
 
     def __init__(
@@ -83,13 +83,15 @@ class Trainer:
     ) -> None:
         if needs_blackbox(config.class_head) and blackbox is None:
             raise ValueError(f"the class head {config.class_head} needs the classifier")
+        differentiable = getattr(blackbox, "differentiable", True)
+        config = replace(config, class_head=choose_class_head(config.class_head, differentiable))
         self.cae = cae
         self.discriminator = discriminator
         self.config = config
         self.blackbox = blackbox if needs_blackbox(config.class_head) else None
         self.bf16 = bf16
-        differentiable = self.blackbox if config.class_head == "blackbox" else None
-        self.generator_objective = wrap(GeneratorObjective(cae, discriminator, weights, differentiable))
+        judge = self.blackbox if config.class_head == "blackbox" else None
+        self.generator_objective = wrap(GeneratorObjective(cae, discriminator, weights, judge))
         self.discriminator_objective = wrap(DiscriminatorObjective(discriminator, weights))
         generator = [
             {"params": list(part.parameters()), "lr": rate}

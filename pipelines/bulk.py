@@ -41,7 +41,8 @@ class _Task:
         self.out = out
         self.worker: Worker = worker(self.run, **arguments)
 
-    def __call__(self, unit: Unit) -> dict[str, Any]:
+    def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
+        unit: Unit = pickle.loads(row["unit"])
         try:
             table = self.worker(unit)
             write_table(self.run, f"{self.out}/{unit['part']}", table)
@@ -75,7 +76,9 @@ def bulk(
     gpus = gpus_of(options) if on_gpu else 0
     wanted = options.workers or gpus or min(cores(options), -(-rows // ACTOR_ROWS))
     actors = min(len(pending), max(1, min(wanted, gpus or cores(options))))
-    data = ray.data.from_items(pending, override_num_blocks=len(pending)).map(
+    # Pickled, since Arrow would change a unit's types, and takes no file name that is no UTF-8.
+    rows_of_units = [{"unit": pickle.dumps(unit)} for unit in pending]
+    data = ray.data.from_items(rows_of_units, override_num_blocks=len(pending)).map(
         _Task,  # type: ignore[arg-type]  # a class whose instances are called, as Ray Data's actors want it
         fn_constructor_kwargs={
             "worker": worker, "arguments": arguments, "folder": run.folder, "out": out,
@@ -123,6 +126,12 @@ def read_table(run: Run, folder: str, columns: list[str] | None = None) -> pa.Ta
         raise UserError(f"{run.path(folder)} holds no Parquet files")
     tables = [pq.read_table(f"{base}/{part}", columns=columns, filesystem=run.fs, partitioning=None) for part in parts]
     return pa.concat_tables(tables).sort_by("id")
+
+
+def read_part(run: Run, name: str, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file of the run."""
+    with run.fs.open(run.path(name)) as file:
+        return pq.ParquetFile(file).read(columns)
 
 
 def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:

@@ -5,7 +5,6 @@ Writes `classifier/` (unless the user's own is used), `predictions/…parquet` a
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ import tyro
 from ray.train.torch import prepare_model
 
 from cae import classifiers
+from cae.blackboxes import resolve
 from cae.config import ClassifierConfig, ModelConfig
 from cae.images import Fit, to_tensor
 from pipelines import run as runs
@@ -44,10 +44,10 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
     connect()
     names = tuple(run.result("shard")["classes"])
     if options.classifier:
-        spec = absolute(options.classifier)
-        names = classifiers.load(spec, names).classes  # fails here, early, on a wrong one
+        spec = resolve(options.classifier, options.trust_pickle)
+        differentiable = classifiers.load(spec, names).differentiable  # fails here, early, on a wrong one
     else:
-        spec = run.path("classifier")
+        spec, differentiable = run.path("classifier"), True
         _train(run, options, names)
     bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
          spec=spec, names=names, size=options.model.image_size, fit=options.fit, device=device_of(options))  # fmt: skip
@@ -62,12 +62,10 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
         for name in ("accuracy", "balanced_accuracy")
     }
     shown = ", ".join(f"{row.split} {row.balanced_accuracy:.3f}" for row in accuracy.itertuples())
-    return {"says": f"balanced accuracy {shown or 'unknown: no labels'}", "spec": spec, "classes": names, **metrics}
-
-
-def absolute(spec: str) -> str:
-    """A classifier as workers in other folders find it: a relative folder made absolute."""
-    return spec if "://" in spec or spec.startswith("torchvision:") else os.path.abspath(spec)
+    says = f"balanced accuracy {shown or 'unknown: no labels'}"
+    if not differentiable:
+        says += "; the classifier gives outputs only, no gradient"
+    return {"says": says, "spec": spec, "classes": names, "differentiable": differentiable, **metrics}
 
 
 def _accuracy(run: Run, names: tuple[str, ...]) -> pd.DataFrame:

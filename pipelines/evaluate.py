@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 from cae import classifiers
-from cae.explain import Mode
+from cae.blackboxes import resolve
+from cae.explain import Mode, choose_mode
 from cae.manifold import smote_codes
 from cae.peers.table import peers
 from pipelines import run as runs
 from pipelines import tables, tracking
 from pipelines.bulk import Unit, bulk, read_table, read_unit, shard_units
-from pipelines.classify import absolute
 from pipelines.cluster import connect, device_of
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.measure import MeasureWorker
@@ -54,7 +54,8 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     connect()
     chosen = run.result("classify")
     names = tuple(chosen["classes"])
-    oracle = absolute(options.oracle) if options.oracle else ""
+    options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
+    oracle = resolve(options.oracle, options.trust_pickle) if options.oracle else ""
     if oracle:
         classifiers.load(oracle, names)  # fails here, early, on a wrong one
     full = options.tables == "full"

@@ -1,32 +1,35 @@
 """Stage explain: a map, its counterfactual and a status for every image and target, by Ray Data.
 
 Writes `explanations/…parquet`, and overlays as PNG for the first `--overlays` images.
+
+    python pipelines/explain.py --run RUN --archive PATH --out FOLDER
+
+explains new images by a finished run: any archive that `cae.sources` reads, labelled or not. FOLDER is then a run
+folder of this one stage, so that a call that was killed goes on when it is repeated.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import torch
-from torch import Tensor
 
-from cae import classifiers, figures, training
-from cae.explain import Explanation, Mode, explain, over_donors
-from cae.images import Fit, encode_png, to_array, to_tensor
+from cae import sources
+from cae.explain import Mode, choose_mode
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import Unit, batches, bulk, decode_all, read_table, read_unit, shard_units, split_of
-from pipelines.cluster import connect, device_of, place
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, read_part, read_table, shard_units
+from pipelines.cluster import connect, device_of
 from pipelines.embed import EmbedOptions
+from pipelines.maps import ArchiveWorker, ExplainWorker
 from pipelines.run import Run, UserError
-from pipelines.ways import Ways, read_medoids, read_ways
+from pipelines.ways import read_medoids, read_ways
 
-BATCH = 32
 DEFAULT_SPLITS = ("val", "test", "archive")
 
 
@@ -50,12 +53,12 @@ class ExplainOptions(EmbedOptions):
     path: Literal["linear", "guided"] = "linear"
     """The way to a counter code: straight, or guided: the shortest one among the training codes, from neighbour to
     neighbour."""
-    mode: Mode = "integrated"
+    mode: Mode | Literal["auto"] = "auto"
     """How a path becomes a map: `integrated` (what changes from the image to its counterfactual, weighted by the
     classifier's gradient), `patch` (the same with queries only: what each window of the counterfactual does to the
     classifier in the image, and one of the image in the counterfactual), `path` (the paper's: frame differences
     weighted by the rise of the target's probability), `contrast` (end against reconstruction) or `input` (end against
-    image)."""
+    image). `auto`: `integrated`, or `patch` where the classifier has no gradient."""
     window: float = 0.125
     """Side of the windows of mode `patch`, as a share of the image's; they stand half of it apart. 0.125 takes 452
     queries an image, 0.25 takes 100."""
@@ -72,33 +75,38 @@ class ExplainOptions(EmbedOptions):
     """Images whose maps are also drawn over them as PNG files."""
 
 
+@dataclass(frozen=True)
+class ArchiveOptions(ExplainOptions):
+    """Explain the images of a run's own splits; or, by a finished run, those of `--archive`."""
+
+    archive: str = ""
+    """New images to explain, labelled or not: a folder, a zip or tar archive, a list of paths or URLs as CSV or
+    Parquet, Parquet with images, or .npz; a path or URL. It is only read."""
+    out: str = ""
+    """The folder (or s3://…) that gets the explanations of --archive."""
+
+
 def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     """Explain every image of the splits asked for; returns the share of each status."""
-    connect()
     chosen = run.result("classify")
-    names = tuple(chosen["classes"])
-    if options.targets not in ("runner-up", "all", *names):
-        raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
+    options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
+    connect()
+    _check(options, chosen["classes"])
     held = run.result("shard")["counts"]
     for wanted in options.splits:
         if wanted not in held and wanted not in DEFAULT_SPLITS:
             raise UserError(f"--splits {wanted}: there is none, only {', '.join(sorted(held))}")
-    if not 0 < options.window <= 1:
-        raise UserError(f"--window {options.window}: give a share of the image's side, above 0 and at most 1")
     units = shard_units(run, options.splits)
     if not units:
         raise UserError(f"no images in the splits {', '.join(options.splits)}: choose others with --splits")
-    left = options.overlays
-    for unit in units:
-        unit["overlays"] = min(left, unit["rows"])
-        left -= unit["overlays"]
-    ways = read_ways(run, options)
-    bulk(run, options, "explain", units, ExplainWorker, "explanations",
-         spec=chosen["spec"], names=names, size=options.model.image_size, fit=options.fit, device=device_of(options),
-         ways=ways, frames=options.frames, how=path_options(options))  # fmt: skip
+    _share_overlays(units, options.overlays)
+    arguments = explainer(run, options)
+    bulk(run, options, "explain", units, ExplainWorker, "explanations", **arguments)
     found = read_table(run, "explanations", ["id", "split", "status"])
     if not len(found):
-        raise UserError(f"the classifier gives every image the class {ways.targets} already: choose other --targets")
+        raise UserError(
+            f"the classifier gives every image the class {arguments['ways'].targets} already: choose other --targets"
+        )
     status, split = np.array(found["status"].to_pylist()), np.array(found["split"].to_pylist())
     metrics = {f"explain/{s}/flipped": float((status[split == s] == "flipped").mean()) for s in np.unique(split)}
     counts = Counter(status.tolist())
@@ -108,7 +116,76 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
         says += f"; not explained: {left_out} (see --splits)"
     if options.overlays:
         tracking.log_folder(run, "explanations/overlays")
-    return {"says": f"{len(status):,} maps: {says}", "statuses": dict(counts), **metrics}
+    return {"says": f"{len(status):,} maps by mode {options.mode}: {says}", "statuses": dict(counts), **metrics}
+
+
+def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, Any]:
+    """Explain every image of an archive by the finished run `model`, into `run`; returns counts by status."""
+    chosen = model.result("classify")
+    options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
+    _check(options, chosen["classes"])
+    pieces = sources.survey(options.archive, UNIT_ROWS).pieces
+    units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(pieces)]
+    _refuse_other(run, model, units)
+    _share_overlays(units, options.overlays)
+    connect()
+    bulk(run, options, "explain", units, ArchiveWorker, "explanations/_parts", **explainer(model, options))
+
+    statuses, reasons = Counter[str](), Counter[str]()
+    for part in list_parts(run, "explanations/_parts"):
+        for row in read_part(run, f"explanations/_parts/{part}").to_pylist():
+            statuses[row["status"]] += row["rows"]
+            reasons[row["error"]] += row["rows"]
+    reasons.pop("", None)
+    says = ", ".join(f"{name} {count:,} ({count / statuses.total():.1%})" for name, count in statuses.most_common())
+    if reasons:
+        says += f"; most often: {reasons.most_common(1)[0][0]}"
+    if options.overlays:
+        tracking.log_folder(run, "explanations/overlays")
+    return {
+        "says": f"{statuses.total():,} rows by mode {options.mode} in {run.path('explanations')}: {says or 'none'}",
+        "statuses": dict(statuses),
+        "reasons": dict(reasons.most_common(100)),
+        **{f"explain/rows/{name}": float(count) for name, count in statuses.items()},
+    }
+
+
+def _check(options: ExplainOptions, names: list[str]) -> None:
+    if options.targets not in ("runner-up", "all", *names):
+        raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
+    if not 0 < options.window <= 1:
+        raise UserError(f"--window {options.window}: give a share of the image's side, above 0 and at most 1")
+
+
+def _share_overlays(units: list[Unit], overlays: int) -> None:
+    """Say under `overlays` how many images of each unit are to be drawn: of the first units, all."""
+    for unit in units:
+        unit["overlays"] = min(overlays, unit["rows"])
+        overlays -= unit["overlays"]
+
+
+def _refuse_other(run: Run, model: Run, units: list[Unit]) -> None:
+    """Raise UserError when the folder has explanations of an archive, or by a model, that has changed since."""
+    listing = hashlib.sha256(repr(units).encode("utf-8", "surrogateescape"))
+    with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
+        listing.update(file.read())
+    if run.state.get("listing") != listing.hexdigest() and list_parts(run, "explanations"):
+        raise UserError(
+            f"{run.folder} holds explanations of another archive or model, or it has changed since: choose another "
+            "--out, or drop them with --again"
+        )
+    run.state["listing"] = listing.hexdigest()
+    run.save()
+
+
+def explainer(model: Run, options: ExplainOptions) -> dict[str, Any]:
+    """What `ExplainWorker` takes to explain as the finished run `model` does."""
+    chosen = model.result("classify")
+    return {
+        "spec": chosen["spec"], "names": tuple(chosen["classes"]), "cae": model.path("cae"),
+        "size": options.model.image_size, "fit": options.fit, "device": device_of(options),
+        "ways": read_ways(model, options), "frames": options.frames, "how": path_options(options),
+    }  # fmt: skip
 
 
 def path_options(options: ExplainOptions) -> dict[str, Any]:
@@ -122,148 +199,36 @@ def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
     return {label: (ids[0], codes[0]) for label, (ids, codes) in read_medoids(run).items()}
 
 
-def choose_targets(p: Tensor, targets: str, names: tuple[str, ...],
-                   reachable: Collection[int]) -> list[tuple[int, int]]:  # fmt: skip
-    """Image index and target class of every explanation asked for, for probabilities (B, C).
-
-    `targets` is `runner-up` (the likeliest one that is reachable, if any is), `all`, or one of the class names.
-    """
-    pairs = []
-    for i, (_, *others) in enumerate(p.argsort(1, descending=True).tolist()):
-        if targets in names:
-            others = [label for label in others if names[label] == targets]
-        elif targets == "runner-up":
-            others = [label for label in others if label in reachable][:1] or others[:1]
-        pairs += [(i, label) for label in others]
-    return pairs
-
-
-class ExplainWorker:
-    """Explains the images of a unit."""
-
-    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
-                 frames: bool, how: dict[str, Any]) -> None:  # fmt: skip
-        self.run, self.names, self.size, self.fit, self.device = run, names, size, fit, device
-        self.ways, self.frames, self.how = ways, frames, how
-        self.blackbox = place(classifiers.load(spec, names), device)
-        self.cae = place(training.load(run.path("cae")), device)
-
-    def __call__(self, unit: Unit) -> pa.Table:
-        rows: list[dict[str, Any]] = []
-        at_once = max(1, BATCH // self.ways.donors)
-        for batch in batches(read_unit(self.run, unit), BATCH):
-            ids = batch["id"].to_pylist()
-            arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
-            p = self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu()
-            images, targets = [], []
-            for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):
-                if label in self.ways.ends:
-                    images.append(i)
-                    targets.append(label)
-                else:
-                    reason = f"the classifier gives no training image the class {self.names[label]}: no code to walk to"
-                    rows.append(self._failed(ids[i], int(p[i].argmax()), label, reason))
-            if self.ways.given:
-                own = next(iter(self.ways.ends))
-                reason = f"the counter image is of the image's own class, {self.names[own]}: no way to another one"
-                rows += [self._failed(ids[i], own, own, reason) for i in (p.argmax(1) == own).nonzero()[:, 0].tolist()]
-            for start in range(0, len(images), at_once):
-                chosen = slice(start, start + at_once)
-                rows += self._explain(arrays, ids, p, images[chosen], targets[chosen])
-            first = {row["id"]: row for row in reversed(rows)}
-            for array, name in zip(arrays, ids, strict=True):
-                if unit["overlays"] > 0 and name in first:
-                    self._overlay(array, first[name])
-                    unit["overlays"] -= 1
-        for row in rows:
-            row["split"] = split_of(unit)
-        return pa.Table.from_pylist(rows, _schema(self.size))
-
-    def _failed(self, name: str, source: int, target: int, reason: str) -> dict[str, Any]:
-        return {"id": name, "source": source, "target": target, "status": "failed", "error": reason,
-                "mode": self.how["mode"], "size": self.size}  # fmt: skip
-
-    @torch.no_grad()
-    def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int],
-                 targets: list[int]) -> list[dict[str, Any]]:  # fmt: skip
-        source = p[images].argmax(1)
-        x = to_tensor(arrays[images], self.device)
-        names = [ids[i] for i in images]
-        try:
-            class_code, individual_code = self.cae.encode(x)
-            codes = class_code.float().cpu().numpy()
-            donors, waypoints = self.ways.find(names, codes, targets)
-            counts = [len(own) for own in donors]
-            each = torch.arange(len(images)).repeat_interleave(torch.tensor(counts))  # the image of each path
-            there = each.to(self.device)
-            paths = explain(self.cae, self.blackbox, x[there], source[each].to(self.device),
-                            torch.tensor(targets)[each].to(self.device), torch.from_numpy(waypoints).to(self.device),
-                            codes=(class_code[there], individual_code[there]), **self.how)  # fmt: skip
-        except RuntimeError as error:
-            # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
-            if len(images) > 1:
-                return [
-                    row for i, t in zip(images, targets, strict=True) for row in self._explain(arrays, ids, p, [i], [t])
-                ]
-            reason = str(error).splitlines()[0]
-            return [self._failed(names[0], int(source[0]), targets[0], reason)]
-        found = over_donors(paths, counts)
-        distance = self.ways.known.distance_to(codes)
-        ends = np.cumsum(counts).tolist()
-        return [
-            {"id": names[k], "source": int(source[k]), "target": targets[k], "size": self.size,
-             "mode": self.how["mode"], "counter_ids": donors[k],
-             "counter_statuses": paths.status[ends[k] - counts[k] : ends[k]], "code_distance": float(distance[k])}
-            | self._row(found, k)
-            for k in range(len(images))
-        ]  # fmt: skip
-
-    def _row(self, found: Explanation, k: int) -> dict[str, Any]:
-        row = {
-            "status": found.status[k], "error": "", "flip_at": float(found.flip_at[k]),
-            "p_source_start": float(found.p_source[k, 0]), "p_source_end": float(found.p_source[k, 1]),
-            "p_target_start": float(found.p_target[k, 0]), "p_target_end": float(found.p_target[k, 1]),
-            "reconstruction_error": float(found.reconstruction_error[k]),
-        }  # fmt: skip
-        if row["status"] == "failed":
-            return row | {"error": "the model or the classifier gave values that are not finite"}
-        row["map"] = found.map[k].flatten().half().cpu().numpy()
-        row["signed"] = found.signed[k].flatten().half().cpu().numpy()
-        if self.frames:
-            row["frames"] = [encode_png(frame) for frame in to_array(found.frames[k])]
-            row["frame_p"] = found.frame_p[k].cpu().numpy()
-        return row
-
-    def _overlay(self, image: np.ndarray, row: dict[str, Any]) -> None:
-        if row["status"] == "failed":
-            return
-        picture = figures.overlay(image, row["map"].astype(np.float32).reshape(self.size, self.size))
-        name = "".join(c if c.isalnum() or c in "-._" else "_" for c in row["id"])[-120:]
-        self.run.write(f"explanations/overlays/{name}.png", encode_png(np.concatenate([image, picture], 1)))
-
-
-def _schema(size: int) -> pa.Schema:
-    half = pa.list_(pa.float16(), size * size)
-    return pa.schema({
-        "id": pa.string(), "split": pa.string(),
-        "source": pa.int32(),  # the classifier's class
-        "target": pa.int32(), "status": pa.string(), "error": pa.string(),
-        "counter_ids": pa.list_(pa.string()), "counter_statuses": pa.list_(pa.string()), "mode": pa.string(),
-        "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
-        "p_target_start": pa.float32(), "p_target_end": pa.float32(), "reconstruction_error": pa.float32(),
-        "code_distance": pa.float32(), "size": pa.int32(), "map": half, "signed": half,
-        "frames": pa.list_(pa.binary()), "frame_p": pa.list_(pa.float32()),
-    })  # fmt: skip
-
-
 OWN = ("splits", "targets", "counter", "donors", "path", "mode", "window", "smooth", "steps", "margin", "frames",
        "overlays")  # fmt: skip
+NEEDS = ("shard", "classify", "train", "embed")
 
 
 def main(options: ExplainOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("explain", options, explain_images, OWN, needs=("shard", "classify", "train", "embed"))
+    return runs.run_stage("explain", options, explain_images, OWN, NEEDS)
+
+
+def run_archive(options: ArchiveOptions) -> dict[str, Any]:
+    """Run the stage on an archive of new images, if one is given, else on the run folder."""
+    if not options.archive and not options.out:
+        return main(options)
+    if not options.archive or not options.out:
+        raise UserError("--archive says what to explain and --out where to: give both, or neither")
+    archive, out = (
+        path.rstrip("/") if "://" in path else os.path.abspath(path) for path in (options.archive, options.out)
+    )
+    if f"{out}/".startswith((f"{archive}/", f"{options.run}/")):
+        raise UserError(f"--out {options.out} lies in the archive or in the run folder: choose a folder of its own")
+    if set(Run(out).state["stages"]) - {"explain"}:
+        raise UserError(f"--out {options.out} is the folder of another run: choose a folder of its own")
+    model = Run(options.run)
+    runs.refuse_unfinished(model, options, NEEDS)
+    # The new folder is a run folder of this stage alone; it is tracked where the finished run is.
+    options = replace(options, run=out, archive=archive, tracking_uri=tracking.store(model, options))
+    work = partial(explain_archive, model=model)
+    return runs.run_stage("explain", options, work, (*OWN, "archive"))
 
 
 if __name__ == "__main__":
-    runs.command(ExplainOptions, main)
+    runs.command(ArchiveOptions, run_archive)

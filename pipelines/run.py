@@ -25,6 +25,7 @@ import fsspec
 import torch
 import tyro
 
+from cae.blackboxes import TRUSTED
 from cae.config import PRESETS, LossWeights, Preset, TrainConfig
 from pipelines import tracking
 
@@ -62,15 +63,18 @@ class RunOptions:
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
+    trust_pickle: bool = False
+    """Open classifiers whose files may hold pickles, which can do anything with this account: whole networks saved by
+    torch.save, and .pt2 files with more than a network and tensors. For this call only."""
     threads: int = 0
     """CPU threads of all processes on a machine together, to leave cores to others. 0: one per core. For this
     call only: another on the same run folder must say it again."""
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
-FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "stages", "again", "best"}
+FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "trust_pickle", "stages", "again", "best"}
 # Of this call only, not to be the next one's defaults.
-FORGOTTEN = {"run", "stages", "again", "threads", "best"}
+FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
 # Least values of options that no other part looks at before hours of work.
 LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1,
          "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1}  # fmt: skip
@@ -320,8 +324,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     """
     run = Run(options.run)
     refuse_contradictions(run, options, name)
-    for other in needs:
-        run.result(other)
+    refuse_unfinished(run, options, needs)
     if options.again:  # only now: a refused call drops nothing
         _start_over(run, name)
     if run.done(name):
@@ -356,6 +359,15 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     says = result.get("says", "done")
     print(f"{name:9} {says}  ({seconds:.0f} s)", flush=True)
     return result
+
+
+def refuse_unfinished(run: Run, options: RunOptions, needs: tuple[str, ...]) -> None:
+    """Raise UserError when a stage is not done, or when its classifier may run a pickle that is not trusted."""
+    for stage in needs:
+        run.result(stage)
+    used = run.result("classify").get("spec", "") if "classify" in needs else ""
+    if used.startswith(TRUSTED) and not options.trust_pickle:
+        raise UserError(f"the classifier {used.removeprefix(TRUSTED)} may run a pickle: say --trust-pickle again")
 
 
 def _start_over(run: Run, name: str) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cae import classifiers, data, images, synthetic
+from cae import classifiers, data, images, sources, synthetic
+from cae.blackboxes import resolve
 from cae.data import Item
 from pipelines import run as runs
 from pipelines import tracking
@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         "mask": pa.binary(),  # PNG of the truth, where it is known
     }
 )
+SHARD_BYTES = 1 << 26  # of large images fewer go into a shard, which a worker holds whole
 REJECTED = pa.schema({"id": pa.string(), "source": pa.string(), "split": pa.string(), "reason": pa.string()})
 
 
@@ -55,9 +56,12 @@ class ShardOptions(RunOptions):
     shortcut: bool = False
     """Plant a marker that goes with the last class into the data set `synthetic`."""
     classifier: str = ""
-    """The black box: empty to train one (the images then need labels), a folder with one saved by this project, or
-    torchvision:NAME@WEIGHTS.safetensors, whose outputs are the data's classes in sorted order, or just numbered where
-    the data is a flat folder. The data may lack some of the classes of a saved one."""
+    """The black box: empty to train one (the images then need labels), a folder with one saved by this project,
+    torchvision:NAME@WEIGHTS or timm:NAME@WEIGHTS (a state dict as .safetensors or .pth), FILE.onnx, FILE.pt2 (of
+    torch.export), an http(s):// address, package.module:function, or a JSON that describes one of these. A JSON beside
+    the file, of the same name, may say input size, channels, mean, std and class names (see cae.blackboxes.Card);
+    without those its outputs are the data's classes in sorted order, or just numbered where the data is a flat folder.
+    The data may lack some of the classes of one that knows them."""
 
 
 def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
@@ -70,16 +74,13 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
         arguments: dict[str, Any] = {"config": config}
     else:
         source = data.locate(options.dataset, options.data_root or None)
-        archive = source.endswith(".npz")
-        items = [item for item, _ in data.read_npz(source)] if archive else data.list_images(source)
-        # Folders in torchvision's order, numbers by their size.
-        names = sorted({item.label for item in items if item.label is not None},
-                       key=lambda name: (archive and name.isdigit() and int(name), name))  # fmt: skip
+        found = sources.survey(source, UNIT_ROWS)
+        names = found.labels
         if options.classifier:
-            names = list(classifiers.class_names(options.classifier, tuple(names)))
-        present = {item.split for item in items}
-        units = [{"npz": source, "part": "npz.parquet", "rows": len(items)}] if archive else _chunks(items)
-        arguments = {"names": names, "present": present, "label_free": bool(options.classifier)}
+            spec = resolve(options.classifier, options.trust_pickle)
+            names = list(classifiers.class_names(spec, tuple(names)))
+        units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
+        arguments = {"names": names, "present": found.splits, "label_free": bool(options.classifier)}
     _start_over_if_changed(run, units)
     bulk(run, options, "shard", units, ShardWorker, "shards/_parts", on_gpu=False, **arguments)
 
@@ -130,15 +131,6 @@ def _read(run: Run, part: str, columns: list[str] | None = None) -> pa.Table:
         return pq.ParquetFile(file).read(columns)
 
 
-def _chunks(items: list[Item]) -> list[Unit]:
-    units = []
-    for start in range(0, len(items), UNIT_ROWS):
-        chunk = items[start : start + UNIT_ROWS]
-        units.append({"items": [vars(item) for item in chunk], "part": f"{start // UNIT_ROWS:06d}.parquet",
-                      "rows": len(chunk)})  # fmt: skip
-    return units
-
-
 def _ranges(count: int) -> list[Unit]:
     return [
         {"start": start, "stop": min(start + UNIT_ROWS, count), "part": f"{start // UNIT_ROWS:06d}.parquet",
@@ -176,65 +168,49 @@ class ShardWorker:
         good: dict[str, list[dict[str, Any]]] = {}
         bad = []
         part = unit["part"].removesuffix(".parquet")
-        written: Counter[str] = Counter()
+        written, held = Counter[str](), Counter[str]()
 
         def flush(split: str) -> None:
             rows = pa.Table.from_pylist(good.pop(split), SCHEMA)
             write_table(self.run, f"shards/split={split}/{part}-{written[split]:04d}.parquet", rows)
             written[split] += 1
+            del held[split]
 
-        for item, content, mask, error in self._read(unit):
-            digest = hashlib.sha256(content).hexdigest()[:16]
+        for item, content, mask, problem in self._read(unit):
             # Exact duplicates go to the same split when nothing else ties them together.
-            tied = item if item.group is not None else Item(item.path, item.name, item.split, item.label, digest)
+            tied = item if item.group is not None else replace(item, group=hashlib.sha256(content).hexdigest()[:16])
             split = data.split_of(tied, self.present, self.label_free)
-            name = f"{_text(item.name)}#{digest}"
-            try:
-                picture = images.load(content)
-            except images.UnreadableImage as unreadable:
-                reason = error or str(unreadable)
-                bad.append({"id": name, "source": _text(item.path), "split": split, "reason": reason})
-                continue
-            pixels = np.asarray(picture)
-            grey = bool((pixels == pixels[..., :1]).all())
-            # A JPEG stays as it is; anything else becomes a PNG that any reader opens.
-            image = content if content[:2] == b"\xff\xd8" else images.encode_png(pixels)
-            good.setdefault(split, []).append({
-                "id": name, "image": image, "height": picture.height, "width": picture.width,
-                "label": None if item.label is None else self.names.index(item.label), "class_name": item.label,
-                "group": item.group, "source": _text(item.path), "grey": grey, "mask": mask,
-            })  # fmt: skip
-            if len(good[split]) == UNIT_ROWS:
-                flush(split)
+            source = data.text(item.path)
+            for name, picture, reason in sources.frames(item, content, problem):
+                if picture is None:
+                    bad.append({"id": name, "source": source, "split": split, "reason": reason})
+                    continue
+                pixels = np.asarray(picture)
+                grey = bool((pixels == pixels[..., :1]).all())
+                # A JPEG stays as it is; anything else becomes a PNG that any reader opens.
+                image = content if content[:2] == b"\xff\xd8" else images.encode_png(pixels)
+                good.setdefault(split, []).append({
+                    "id": name, "image": image, "height": picture.height, "width": picture.width,
+                    "label": None if item.label is None else self.names.index(item.label), "class_name": item.label,
+                    "group": item.group, "source": source, "grey": grey, "mask": mask,
+                })  # fmt: skip
+                held[split] += len(image)
+                if len(good[split]) == UNIT_ROWS or held[split] > SHARD_BYTES:
+                    flush(split)
         for split in sorted(good):
             flush(split)
         return pa.Table.from_pylist(bad, REJECTED)
 
     def _read(self, unit: Unit) -> Iterator[tuple[Item, bytes, bytes | None, str]]:
-        """Of each image of the unit: item, encoded image, encoded mask, and why the file could not be read, if so."""
+        """Of each image of the unit: item, encoded image, encoded mask, and why there is none, if so."""
         if self.config is not None:
             for index in range(unit["start"], unit["stop"]):
                 sample = synthetic.draw(self.config, index)
                 item = Item("synthetic", f"{index:07d}", sample.split, self.names[sample.label], None)
                 yield item, images.encode_png(sample.image), images.encode_png(sample.mask.astype("uint8") * 255), ""
-        elif "npz" in unit:
-            for item, array in data.read_npz(unit["npz"]):
-                yield item, images.encode_png(array), None, ""
         else:
-            for fields in unit["items"]:
-                item = Item(**fields)
-                try:
-                    with fsspec.open(item.path, "rb") as file:
-                        yield item, file.read(), None, ""
-                except (TimeoutError, ConnectionError):
-                    raise  # not the file's fault: the unit is done again
-                except OSError as error:
-                    yield item, b"", None, f"the file cannot be read: {error.strerror or error}"
-
-
-def _text(name: str) -> str:
-    """A file name as Parquet takes it: bytes that are no UTF-8 become question marks."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            for item, content, problem in sources.read(unit):
+                yield item, content, None, problem
 
 
 OWN = ("dataset", "preset", "data_root", "images", "classes", "shortcut", "classifier")

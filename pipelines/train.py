@@ -17,16 +17,18 @@ from ray.train.torch import prepare_model
 from torch import Tensor
 
 from cae import classifiers, figures, training
+from cae.blackboxes import resolve
 from cae.checkpoint import read_weights
 from cae.classifiers import BlackBox
 from cae.config import PRESETS, LossWeights, ModelConfig, TrainConfig
 from cae.images import to_array, to_tensor
 from cae.judgement import draw_donors, judge
+from cae.losses import choose_class_head
 from cae.networks import CAE, Discriminator, from_authors
 from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import read_images, read_table
-from pipelines.classify import ClassifyOptions, absolute
+from pipelines.classify import ClassifyOptions
 from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, train_workers
 from pipelines.run import Run, UserError
 
@@ -76,9 +78,10 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
     """
     train_workers(options, options.train.batch)  # refuses early
     chosen = run.result("classify")
-    oracle = absolute(options.oracle) if options.oracle else ""
+    oracle = resolve(options.oracle, options.trust_pickle) if options.oracle else ""
     if oracle:
         classifiers.load(oracle, tuple(chosen["classes"]))  # fails here, early, on a wrong one
+    class_head = choose_class_head(options.train.class_head, chosen.get("differentiable", True))
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label
     table = table.dropna(subset=["y"])
@@ -99,7 +102,8 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
     return fit_torch(run, options, name, _train_loop, {
         "folder": run.folder, "spec": chosen["spec"], "names": tuple(chosen["classes"]), "fit": options.fit,
         "oracle": oracle, "save": save, "start": start, "label": name.rpartition("/")[2],
-        "model": asdict(model), "train": asdict(options.train), "weights": asdict(options.weights),
+        "model": asdict(model), "train": asdict(replace(options.train, class_head=class_head)),
+        "weights": asdict(options.weights),
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),

@@ -27,7 +27,8 @@ from cae.networks import from_authors
 from cae.peers.table import peers
 from pipelines.bulk import read_images, shard_units
 from pipelines.evaluate import NEW_CODES
-from pipelines.explain import ExplainOptions, ExplainWorker
+from pipelines.explain import ExplainOptions
+from pipelines.maps import ExplainWorker
 from pipelines.measure import CONTROLS, MeasureWorker
 from pipelines.run import Run
 from pipelines.tables import map_rows, swap_table
@@ -189,7 +190,7 @@ def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finis
     how = {"mode": "path", "smooth": 0.0, "steps": 2, "margin": 0.0}
     ends = {0: (["x"], np.zeros((1, 8), np.float32))}
     ways = Ways("runner-up", "medoid", 1, "linear", 0, ends, codes=np.eye(8, dtype=np.float32))
-    worker = ExplainWorker(run, **common, ways=ways, frames=False, how=how)
+    worker = ExplainWorker(run, **common, cae=run.path("cae"), ways=ways, frames=False, how=how)
     found = worker(unit | {"overlays": 0}).to_pylist()
     assert len(found) == unit["rows"] and {row["source"] for row in found} == {0, 1}
     for row in found:

@@ -17,7 +17,8 @@ from cae.images import decode, to_tensor
 from cae.manifold import TrainingCodes
 from pipelines import run as runs
 from pipelines.bulk import read_table, shard_units
-from pipelines.explain import ExplainOptions, ExplainWorker, choose_targets, path_options, read_counter_codes
+from pipelines.explain import ExplainOptions, path_options, read_counter_codes
+from pipelines.maps import ExplainWorker, choose_targets
 from pipelines.run import Run, UserError
 from pipelines.ways import Ways, read_medoids, read_ways
 
@@ -99,8 +100,8 @@ def options(folder: Path, *words: str) -> ExplainOptions:
 def rows_of(folder: Path, *words: str) -> pd.DataFrame:
     """What the stage writes for the images of the split `test`."""
     run, given = Run(str(folder)), options(folder, *words)
-    worker = ExplainWorker(run, spec=str(folder / "classifier"), names=("plain", "spot"), size=32, fit="crop",
-                           device="cpu", ways=read_ways(run, given), frames=True,
+    worker = ExplainWorker(run, spec=str(folder / "classifier"), names=("plain", "spot"), cae=str(folder / "cae"),
+                           size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=True,
                            how=path_options(given))  # fmt: skip
     table = pa.concat_tables([worker(unit | {"overlays": 0}) for unit in shard_units(run, ("test",))])
     return table.to_pandas()

@@ -20,7 +20,7 @@ def grad_cam(classifier: nn.Module, images: Tensor, target: Tensor, layer: nn.Mo
     not in it, gives no (B, K, h, w), or is missing.
     """
     if layer is None:
-        if not isinstance(classifier, BlackBox):
+        if not isinstance(classifier, BlackBox) or not classifier.cam_layer:
             raise ValueError(f"{type(classifier).__name__} names no layer for Grad-CAM: pass one")
         layer = classifier.net.get_submodule(classifier.cam_layer)
     if all(module is not layer for module in classifier.modules()):

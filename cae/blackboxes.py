@@ -1,0 +1,391 @@
+"""Black boxes from elsewhere: networks of torchvision and timm, exported ones, ONNX files, servers, functions.
+
+Each becomes a module that takes images as its card says and gives outputs (B, C); some of them have a gradient.
+Legend: B images, H height, W width, C classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import urlsplit
+
+import fsspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cae.checkpoint import read_weights
+
+Create = Callable[[int], nn.Module]  # a network with so many outputs
+TRUSTED = "trusted:"  # in front of a classifier whose pickles may be run
+FILES = (".json", ".onnx", ".pt2", ".pth", ".pt")
+FUNCTION = re.compile(r"[a-z_]\w*(\.\w+)*:[a-z_]\w*(\.\w+)*", re.IGNORECASE)
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a classifier takes and gives: the fields of the JSON beside it (`net.json` beside `net.onnx`).
+
+    Raises ValueError, in one line, for values that make no sense.
+    """
+
+    classifier: str = ""
+    """The classifier itself, where the JSON is given in its place. A relative path starts at the JSON's folder."""
+    classes: tuple[str, ...] = ()
+    """Names of the outputs, in order. Empty: the data's classes in sorted order, or numbers."""
+    input_size: int | tuple[int, int] | None = None
+    """Side of the square, or height and width, that images are resized to. None: any size will do."""
+    channels: Literal["RGB", "BGR", "grey"] = "RGB"
+    """Order of the colour channels; `grey`: one channel, their mean."""
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    """Order of the axes."""
+    mean: float | tuple[float, ...] | None = None
+    """What is subtracted from values in [0, 1], for all channels or for each. None: ImageNet's for torchvision, the
+    network's own for timm, else 0."""
+    std: float | tuple[float, ...] | None = None
+    """What they are then divided by (1/255 for a classifier that wants 0 to 255). None: likewise, else 1."""
+    outputs: Literal["logits", "probabilities"] = "logits"
+    """What comes out: a number for every class, or, of two classes, the second one's alone."""
+    batch: int = 64
+    """Most images that a file, a server or a function is asked about at once."""
+    cam_layer: str = ""
+    """Layer of a torchvision or timm network that Grad-CAM looks at. Empty: no Grad-CAM."""
+    protocol: Literal["json", "mlflow"] = "json"
+    """What a server is sent: {"instances": [image, ...]}, as TensorFlow Serving and KServe take it, or MLflow's
+    {"inputs": [image, ...]}. It answers {"predictions": [...]} or a bare list, with a list or an object an image."""
+    timeout: float = 60.0
+    """Seconds that a server may take to answer."""
+    retries: int = 5
+    """How often a server is asked again, after growing pauses, where it does not answer or answers 429 or 5xx."""
+    token: str = ""
+    """Environment variable with the server's bearer token, on every machine that asks it."""
+
+    def __post_init__(self) -> None:
+        def numbers(value: Any, kind: type | tuple[type, ...]) -> bool:
+            values = value if isinstance(value, tuple) else (value,)
+            return bool(values) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+        size, names = self.input_size, self.classes
+        fine = {
+            "classes": isinstance(names, tuple) and all(isinstance(n, str) for n in names)
+            and len(set(names)) == len(names) != 1,
+            "input_size": size is None or (numbers(size, int) and np.min(size) > 0 and np.shape(size) in ((), (2,))),
+            "mean": self.mean is None or numbers(self.mean, (int, float)),
+            "std": self.std is None or (numbers(self.std, (int, float)) and np.all(self.std)),
+            "batch": numbers(self.batch, int) and self.batch > 0,
+            "timeout": numbers(self.timeout, (int, float)) and self.timeout > 0,
+            "retries": numbers(self.retries, int) and self.retries >= 0,
+        }  # fmt: skip
+        for name, hint in get_type_hints(Card).items():
+            value, choices = getattr(self, name), get_args(hint) if name not in fine else ()
+            if not fine.get(name, value in choices if choices else isinstance(value, str)):
+                raise ValueError(f"{name} is {value!r}" + (f": choose {', '.join(choices)}" if choices else ""))
+
+
+def is_foreign(spec: str) -> bool:
+    """Whether a classifier is one of the kinds in here; else it is a folder saved by this project."""
+    return spec.startswith(("torchvision:", "timm:", "http://", "https://")) or spec.endswith(FILES) or (
+        FUNCTION.fullmatch(spec) is not None
+    )  # fmt: skip
+
+
+def resolve(spec: str, trust_pickle: bool = False, folder: str = "") -> str:
+    """A classifier as any process finds it: a path, relative to `folder` or the current one, made absolute.
+
+    With `trust_pickle`, a file that may hold a pickle is marked as one that may be run. Raises ValueError.
+    """
+    if spec.startswith(TRUSTED):
+        raise ValueError(f"--classifier {spec}: say --trust-pickle instead")
+    if spec.startswith("http"):
+        if urlsplit(spec).password:
+            raise ValueError("a URL with a password would be logged: put a token into the environment (see Card.token)")
+        return spec
+    if FUNCTION.fullmatch(spec):
+        return spec
+    network, at, path = spec.rpartition("@") if spec.startswith(("torchvision:", "timm:")) else ("", "", spec)
+    if "://" not in path and path:
+        path = f"{folder}/{path}" if "://" in folder else os.path.abspath(os.path.join(folder, path))
+    mark = TRUSTED if trust_pickle and path.endswith((".json", ".pt2", ".pth", ".pt")) and not at else ""
+    return mark + network + at + path
+
+
+def read_card(spec: str) -> tuple[str, Card]:
+    """What to open for a foreign classifier, and its card, from the JSON that it is or that lies beside its file.
+
+    Raises ValueError, in one line, for a JSON that is no card.
+    """
+    if spec.startswith("http") or FUNCTION.fullmatch(spec):
+        return spec, Card()
+    given = spec.endswith(".json")
+    path = spec if given else os.path.splitext(spec.rpartition("@")[2])[0] + ".json"
+    try:
+        with fsspec.open(path) as file:
+            values = json.load(file)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        card = Card(**values)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if given:
+            raise ValueError(f"no file {path}: give a classifier, or the JSON that describes one") from error
+        return spec, Card()
+    except (AttributeError, TypeError) as error:
+        names = ", ".join(get_type_hints(Card))
+        raise ValueError(f"{path} is no card of a classifier, an object with some of the fields {names}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"cannot use {path}: {str(error).splitlines()[0]}") from error
+    if not given:
+        return spec, card
+    if not card.classifier or card.classifier.endswith(".json"):
+        raise ValueError(f'{path} names no classifier: add, say, "classifier": "net.onnx"')
+    return resolve(card.classifier, folder=os.path.dirname(path)), card
+
+
+def open_foreign(spec: str, card: Card, trusted: bool, built_in: Mapping[str, Create]) -> tuple[nn.Module, Card]:
+    """The network, in evaluation mode, and its card with what the file or library says of its own inputs.
+
+    `built_in` makes networks that need no library, by name (`torchvision:resnet18`). Raises ValueError, in one line.
+    """
+    if spec.startswith("http"):
+        return _server(spec, card), card
+    if spec.startswith(("torchvision:", "timm:")):
+        return _from_library(spec, card, built_in)
+    if FUNCTION.fullmatch(spec):
+        return _function(spec, card), card
+    if spec.endswith(".onnx"):
+        return _onnx(spec, card)
+    if spec.endswith(".pt2"):
+        return _exported(spec, card, trusted)
+    if not trusted:
+        raise ValueError(
+            f"{spec} is read as tensors only, which make no network: name one with torchvision:NAME@{spec} or "
+            f"timm:NAME@{spec}, or say --trust-pickle if it holds a whole network and you trust whoever made it"
+        )
+    try:
+        net = torch.load(io.BytesIO(_read(spec)), map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise ValueError(f"cannot load {spec}: {_reason(error)}") from error
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{spec} holds no network but a {type(net).__name__}: save the network itself")
+    return net.eval(), card
+
+
+# --- The kinds --------------------------------------------------------------------------------------------------------
+
+
+def _from_library(spec: str, card: Card, built_in: Mapping[str, Create]) -> tuple[nn.Module, Card]:
+    network, _, path = spec.partition("@")
+    library, _, name = network.partition(":")
+    if not path:
+        raise ValueError(f"--classifier {spec} names no weights: write {library}:NAME@FILE.safetensors")
+    create = built_in.get(network)
+    if create is None:
+        try:
+            module = importlib.import_module(library)
+        except Exception as error:  # also what a torchvision built for another torch raises
+            known = ", ".join(known.partition(":")[2] for known in built_in if known.startswith(library))
+            instead = f"; without it there are {known}" if known else ""
+            raise ValueError(f"{network} needs the package {library} ({_reason(error)}){instead}") from error
+        make = module.models.get_model if library == "torchvision" else module.create_model
+
+        def create(outputs: int) -> nn.Module:
+            return make(name, num_classes=outputs)
+
+    try:
+        with torch.device("meta"):
+            last = list(create(2).state_dict())[-1]  # of the head: one row an output
+    except Exception as error:
+        raise ValueError(f"{library} makes no network {name!r}: {_reason(error)}") from error
+    state = read_weights(path)
+    if last not in state:
+        raise ValueError(f"the weights in {path} do not fit {name}: they hold no {last}")
+    net = create(len(state[last]))
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit {name}") from error
+    about = getattr(net, "pretrained_cfg", IMAGENET)  # timm's
+    size = getattr(net, "image_size", None)  # torchvision's vision transformers
+    if about.get("fixed_input_size"):
+        size = tuple(about["input_size"][1:])
+    return net.eval(), replace(
+        card,
+        mean=tuple(about["mean"]) if card.mean is None else card.mean,
+        std=tuple(about["std"]) if card.std is None else card.std,
+        input_size=card.input_size or size,
+    )
+
+
+class Foreign(nn.Module):
+    """Asks what is no network of torch modules about at most `batch` images at once.
+
+    `fixed`: about exactly so many, the last one repeated as often as need be.
+    """
+
+    def __init__(self, ask: Callable[[Tensor], Tensor], batch: int, fixed: bool = False) -> None:
+        super().__init__()
+        self.ask, self.batch, self.fixed = ask, batch, fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for part in x.float().split(self.batch):
+            missing = self.batch - len(part) if self.fixed else 0
+            padded = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
+            try:
+                outputs.append(self.ask(padded)[: len(part)])
+            except (RuntimeError, ValueError):
+                raise
+            except Exception as error:  # ONNX Runtime's own, and whatever a function raises
+                raise ValueError(f"the classifier failed: {_reason(error)}") from error
+        return torch.cat(outputs)
+
+    def train(self, mode: bool = True) -> Foreign:  # an exported network stays as it was exported
+        return self
+
+
+def _from_file(card: Card, ask: Callable[[Tensor], Tensor], shape: Sequence[Any]) -> tuple[Foreign, Card]:
+    """A network whose input has a shape, of which some sizes are fixed: integers; and the card that says so."""
+    sides = tuple(shape[2:4] if card.layout == "NCHW" else shape[1:3])
+    if all(isinstance(side, int) for side in sides):
+        card = replace(card, input_size=sides)
+    fixed = isinstance(shape[0], int)
+    return Foreign(ask, shape[0] if fixed else card.batch, fixed), card
+
+
+def _onnx(spec: str, card: Card) -> tuple[nn.Module, Card]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(f"{spec} needs the package onnxruntime: pip install onnxruntime") from error
+    # A path, where there is one: a large network's weights lie in files beside it.
+    model = spec if os.path.exists(spec) else _read(spec)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; they are raised as well
+    available = onnxruntime.get_available_providers()
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers)
+        (given,) = session.get_inputs()
+        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}[given.type]
+    except Exception as error:
+        raise ValueError(f"{spec} is no ONNX network with one input of images: {_reason(error)}") from error
+    wanted = [session.get_outputs()[0].name]
+
+    def ask(x: Tensor) -> Tensor:
+        (outputs,) = session.run(wanted, {given.name: np.ascontiguousarray(x.detach().cpu().numpy(), dtype)})
+        return torch.as_tensor(outputs, dtype=torch.float32, device=x.device)
+
+    return _from_file(card, ask, given.shape)
+
+
+def _exported(spec: str, card: Card, trusted: bool) -> tuple[nn.Module, Card]:
+    data = _read(spec)
+    if not trusted:
+        _refuse_pickles(spec, data)
+    try:
+        program = torch.export.load(io.BytesIO(data))
+        (given,) = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    except Exception as error:
+        raise ValueError(f"{spec} is no exported network with one input of images: {_reason(error)}") from error
+    return _from_file(card, program.module(), given.meta["val"].shape)
+
+
+def _refuse_pickles(spec: str, data: bytes) -> None:
+    """Raise ValueError where opening an exported network would run a pickle, or code compiled for some machine."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for entry in archive.infolist():
+                name = entry.filename.split("/", 1)[-1]
+                if name.endswith(".pt"):  # inputs that the exporter kept as an example
+                    torch.load(io.BytesIO(archive.read(entry)), weights_only=True)
+                pickled = name.endswith("_config.json") and b'"use_pickle": true' in archive.read(entry)
+                if pickled or name == "version" or re.match(r"data/(aotinductor|constants/(custom|opaque)_obj)", name):
+                    raise ValueError(name)
+    except Exception as error:
+        raise ValueError(
+            f"{spec} is no file of torch.export.save (2.8 or newer), or holds more than a network and tensors: export "
+            "it again without, or say --trust-pickle if you trust whoever made it"
+        ) from error
+
+
+def _function(spec: str, card: Card) -> nn.Module:
+    module, _, path = spec.partition(":")
+    try:
+        function: Any = importlib.import_module(module)
+        for name in path.split("."):
+            function = getattr(function, name)
+    except Exception as error:
+        raise ValueError(f"no function {spec} ({_reason(error)}): it must be installed, or on PYTHONPATH") from error
+    if not callable(function):
+        raise ValueError(f"{spec} is no function")
+
+    def ask(x: Tensor) -> Tensor:
+        return torch.as_tensor(function(x), dtype=torch.float32, device=x.device)
+
+    return Foreign(ask, card.batch)
+
+
+def _server(url: str, card: Card) -> nn.Module:
+    try:
+        import urllib3
+    except ImportError as error:
+        raise ValueError(f"{url} needs the package urllib3: pip install urllib3") from error
+    headers = {"Content-Type": "application/json"}
+    if card.token:
+        if card.token not in os.environ:
+            raise ValueError(f"the card of {url} says that ${card.token} holds its token, and it is not set")
+        headers["Authorization"] = f"Bearer {os.environ[card.token]}"
+    again = urllib3.Retry(card.retries, backoff_factor=0.5, allowed_methods=None, raise_on_status=False,
+                          status_forcelist=(429, 500, 502, 503, 504))  # fmt: skip
+    pool = urllib3.PoolManager(retries=again, timeout=card.timeout, headers=headers)
+    key = "inputs" if card.protocol == "mlflow" else "instances"
+
+    def ask(x: Tensor) -> Tensor:
+        images = x.detach().cpu().double().numpy().round(6).tolist()
+        try:
+            answer = pool.request("POST", url, body=json.dumps({key: images}))
+        except urllib3.exceptions.HTTPError as error:
+            raise ValueError(f"the classifier at {url} does not answer: {_reason(error)}") from error
+        if answer.status != 200:
+            text = " ".join(answer.data.decode("utf-8", "replace").split())
+            raise ValueError(f"the classifier at {url} answers {answer.status}: {text[:200]}")
+        try:
+            held = json.loads(answer.data)
+            rows = held["predictions"] if isinstance(held, dict) else held
+            rows = [_in_order(row, card.classes) if isinstance(row, dict) else row for row in rows]
+            outputs = torch.tensor(rows, dtype=torch.float32, device=x.device)
+            if len(outputs) != len(x):
+                raise ValueError(f"{len(outputs)} rows for {len(x)} images")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the classifier at {url} gives no list of numbers for each image: {_reason(error)}"
+            ) from error
+        return outputs
+
+    return Foreign(ask, card.batch)
+
+
+def _in_order(row: dict[str, float], classes: tuple[str, ...]) -> list[float]:
+    """A row with named columns as a list: in the order of the classes where they are its names, else in its own."""
+    return [row[name] for name in classes] if row.keys() == set(classes) else list(row.values())
+
+
+def _read(spec: str) -> bytes:
+    try:
+        with fsspec.open(spec, "rb") as file:
+            return file.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"cannot read the classifier {spec}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

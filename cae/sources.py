@@ -1,0 +1,329 @@
+"""Where images come from: folders, zip and tar archives, lists of paths, Parquet tables of images, .npz files.
+
+`survey` looks at names and labels and says in which pieces a source can be read; `read` reads a piece, image by image.
+Only the image at hand is in memory, nothing is unpacked, and no name in an archive becomes a path.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import operator
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import IO, Any
+
+from PIL import Image
+
+from cae.archives import DAMAGED, NOT_ITS_FAULT, Member, open_file, read_span, tar_members, zip_members
+from cae.data import (
+    GROUP_COLUMNS,
+    MANIFEST,
+    SPLITS,
+    Item,
+    Layout,
+    layout_of,
+    list_images,
+    may_be_image,
+    read_npz,
+    text,
+)
+from cae.images import UnreadableImage, encode_png, load_all
+
+Piece = dict[str, Any]  # plain values, so that any process can be handed it
+STREAMED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # can only be read from the start
+# Columns of lists and tables, in any case; of several the first.
+PATHS = ("path", "url", "uri", "file", "filename", "file_name", "image")
+LABELS = ("class_name", "class", "label")
+IMAGES = ("image", "bytes", "image_bytes")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a source holds."""
+
+    pieces: list[Piece]
+    """What `read` takes. Each says under `rows` how many images it holds."""
+    labels: list[str]
+    """Class names, sorted; numbers by their size, unless they are names of folders."""
+    splits: set[str | None]
+    """The splits that are given, and None where an image has none."""
+
+
+def survey(source: str, rows: int = 256) -> Survey:
+    """Look through a source, a path or URL; where it can be read anywhere, in pieces of at most `rows` images.
+
+    Raises ValueError, in one line, for a source that is none, is damaged as a whole, or holds nothing.
+    """
+    kind = source.lower()
+    if kind.endswith(".npz"):
+        items = [item for item, _ in read_npz(source)]
+        return _survey(items, [{"npz": source, "rows": len(items)}])
+    if kind.endswith(STREAMED):
+        layout, items = _list(source, tar_members(source, streamed=True))
+        return _survey(items, [{"stream": source, "layout": json.dumps(asdict(layout)), "rows": len(items)}])
+    if kind.endswith((".zip", ".tar")):
+        _, items = _list(source, zip_members(source) if kind.endswith(".zip") else tar_members(source))
+    elif kind.endswith((".csv", ".tsv")):
+        items = _list_csv(source)
+    elif kind.endswith(".parquet"):
+        return _survey_tables([source], rows)
+    else:
+        items = list_images(source)
+        if all(item.name.endswith(".parquet") for item in items):
+            return _survey_tables([item.path for item in items], rows)
+        labels = sorted({item.label for item in items if item.label is not None})  # as torchvision sorts folders
+        return replace(_survey(items, _chunks(items, rows)), labels=labels)
+    return _survey(items, _chunks(items, rows))
+
+
+def read(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
+    """Each image of a piece, encoded; where there is none, why, of which `frames` makes one line.
+
+    Raises OSError where the way to a file fails and not the file: the piece is then to be read again.
+    """
+    if "npz" in piece:
+        for item, array in read_npz(piece["npz"]):
+            yield item, encode_png(array), ""
+    elif "stream" in piece:
+        yield from _read_stream(piece["stream"], Layout(**json.loads(piece["layout"])))
+    elif "table" in piece:
+        yield from _read_table(piece)
+    else:
+        yield from _read_items(Item(**fields) for fields in piece["items"])
+
+
+def frames(item: Item, content: bytes, problem: str) -> Iterator[tuple[str, Image.Image | None, str]]:
+    """Of what `read` gives: the id of each picture in it, and the picture, RGB; or None and why there is none.
+
+    An id is the image's name, what `cae.images.load_all` calls the frame, and a hash of the content.
+    """
+    name, digest = text(item.name), hashlib.sha256(content).hexdigest()[:16]
+    try:
+        if problem:
+            raise UnreadableImage(problem)
+        for frame, picture in load_all(content):
+            yield f"{name}{frame}#{digest}", picture, ""
+    except UnreadableImage as error:
+        yield f"{name}#{digest}", None, " ".join(text(str(error)).split())
+
+
+def _survey(items: Sequence[Item], pieces: list[Piece]) -> Survey:
+    labels = {item.label for item in items if item.label is not None}
+    ordered = sorted(labels, key=lambda name: (name.isdecimal() and int(name), name))
+    return Survey(pieces, ordered, {item.split for item in items if not item.problem} or {None})
+
+
+def _chunks(items: Sequence[Item], rows: int) -> list[Piece]:
+    chunks = [items[start : start + rows] for start in range(0, len(items), rows)]
+    return [{"items": [vars(item) for item in chunk], "rows": len(chunk)} for chunk in chunks]
+
+
+def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:
+    """Whole files, and members of archives; an archive is opened once for neighbours."""
+    with ExitStack() as files:
+        archive, opened = "", None
+        for item in items:
+            content, problem = b"", item.problem
+            try:
+                if problem:
+                    pass
+                elif not item.span:
+                    with open_file(item.path) as file:
+                        content = read_span(file)
+                else:
+                    if opened is None or item.path != archive:
+                        files.close()
+                        archive, opened = item.path, files.enter_context(open_file(item.path))
+                    content = read_span(opened, item.span)
+            except NOT_ITS_FAULT:
+                raise
+            except OSError as error:
+                problem = f"the file cannot be read: {error.strerror or error}"
+            except (ValueError, ImportError, zlib.error) as error:  # fsspec's, for URLs, are ValueError and ImportError
+                problem = str(error) or type(error).__name__
+            yield item, content, problem
+
+
+# --- Archives ---------------------------------------------------------------------------------------------------------
+
+
+def _list(path: str, members: Iterable[Member]) -> tuple[Layout, list[Item]]:
+    """The layout of an archive, and its items in their order."""
+    found: list[Member] = []
+    manifest = None
+    for member in members:
+        if member.name.split("/")[-1] == MANIFEST and member.name.count("/") <= 1 and not member.problem:
+            try:
+                manifest = member.content()
+            except DAMAGED as error:
+                raise ValueError(f"{member.name} in {path} is damaged: {error}") from error
+        if may_be_image(member.name):
+            found.append(replace(member, content=bytes))
+    if not found:
+        raise ValueError(f"{path} holds no images; expected SPLIT/CLASS/*, CLASS/* or images alone")
+    names = [member.name for member in found if not member.problem]
+    inside = names[0].split("/")[0] + "/" if names else ""
+    if not all(name.startswith(inside) and "/" in name.removeprefix(inside) for name in names):
+        inside = ""
+    layout = layout_of(names, manifest, f"{MANIFEST} in {path}", inside)
+    seen: Counter[str] = Counter()
+    return layout, [_numbered(layout.item(path, m.name, m.span, m.problem), seen) for m in found]
+
+
+def _read_stream(path: str, layout: Layout) -> Iterator[tuple[Item, bytes, str]]:
+    seen: Counter[str] = Counter()
+    for member in tar_members(path, streamed=True):
+        if may_be_image(member.name):
+            content, problem = b"", member.problem
+            try:
+                content = b"" if problem else member.content()
+            except NOT_ITS_FAULT:
+                raise
+            except DAMAGED as error:
+                problem = f"the archive is damaged here: {error}"
+            yield _numbered(layout.item(path, member.name), seen), content, problem
+
+
+def _numbered(item: Item, seen: Counter[str]) -> Item:
+    """The item; a second one of the same name, as archives and lists may hold, becomes `name (2)`."""
+    seen[item.name] += 1
+    return item if seen[item.name] == 1 else replace(item, name=f"{item.name} ({seen[item.name]})")
+
+
+# --- Lists and tables -------------------------------------------------------------------------------------------------
+
+
+def _column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted columns that there is, in any case."""
+    found = {name.lower(): name for name in names}
+    return next((found[name] for name in wanted if name in found), None)
+
+
+def _describe(item: Item, row: Mapping[str, Any]) -> Item:
+    """The item with the label, split and group that a row of a list or table gives it."""
+
+    def told(wanted: Sequence[str]) -> str | None:
+        column = _column(row, wanted)
+        return None if column is None or row[column] in (None, "") else str(row[column])
+
+    return replace(item, label=told(LABELS), split=SPLITS.get((told(("split",)) or "").lower()),
+                   group=told(GROUP_COLUMNS))  # fmt: skip
+
+
+def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[Item]:
+    """Items of a list of paths and URLs; a path may be relative to the list's folder."""
+    column = _column(columns, PATHS)
+    if column is None:
+        raise ValueError(f"{source} has the columns {', '.join(columns)}: call the one with paths {', '.join(PATHS)}")
+    items, seen = [], Counter[str]()
+    for number, row in enumerate(rows, 1):
+        given = str(row[column] or "").strip()
+        path = given if "://" in given or os.path.isabs(given) else f"{os.path.dirname(source) or '.'}/{given}"
+        item = Item(path, given, None, None, None)
+        if not given:
+            item = Item(source, f"row {number}", None, None, None, problem=f"the row has no {column}")
+        items.append(_numbered(_describe(item, row), seen))
+    if not items:
+        raise ValueError(f"{source} lists no images")
+    return items
+
+
+def _list_csv(path: str) -> list[Item]:
+    with open_file(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        rows = csv.DictReader(text, delimiter="\t" if path.lower().endswith(".tsv") else ",", restval="")
+        try:
+            return _list_rows(path, rows, rows.fieldnames or [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no list in UTF-8 with a header ({error}): save it as CSV again") from error
+
+
+def _survey_tables(paths: Sequence[str], rows: int) -> Survey:
+    """Parquet files of images, a piece a row group; or one with a list of paths."""
+    pieces: list[Piece] = []
+    described: set[Item] = set()
+    for path in paths:
+        with open_file(path) as file:
+            table = _open_table(path, file)
+            columns, number = table.schema_arrow.names, 0
+            if _image_column(table.schema_arrow) is None:
+                if len(paths) > 1:
+                    raise ValueError(f"{path} has no column of encoded images, only {', '.join(columns)}")
+                items = _list_rows(path, table.read().to_pylist(), columns)
+                return _survey(items, _chunks(items, rows))
+            told = [column for wanted in (LABELS, ("split",)) if (column := _column(columns, wanted)) is not None]
+            for group in range(table.num_row_groups):
+                count = table.metadata.row_group(group).num_rows
+                if not count:
+                    continue
+                described |= {_describe(Item("", "", None, None, None), row)
+                              for row in table.read_row_group(group, told).to_pylist()}  # fmt: skip
+                prefix = f"{os.path.basename(path)}/" if len(paths) > 1 else ""
+                pieces.append({"table": path, "group": group, "prefix": prefix, "first": number, "rows": count})
+                number += count
+    if not pieces:
+        raise ValueError(f"{paths[0]} holds no images")
+    return _survey(list(described), pieces)
+
+
+def _read_table(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
+    """The images of a row group. They are called by their number, and by their path where the table has one."""
+    numbers = iter(range(piece["first"], piece["first"] + piece["rows"]))
+
+    def item(row: Mapping[str, Any], path: str = "") -> Item:
+        name = f"{piece['prefix']}{next(numbers):09d}{'/' if path else ''}{path}"
+        return _describe(Item(piece["table"], name, None, None, None), row)
+
+    with open_file(piece["table"]) as file:
+        table = _open_table(piece["table"], file)
+        columns = table.schema_arrow.names
+        image = _image_column(table.schema_arrow)
+        path = _column([column for column in columns if column != image], PATHS)
+        about = (_column(columns, kind) for kind in (LABELS, ("split",), GROUP_COLUMNS))
+        wanted = sorted({name for name in (image, path, *about) if name is not None})
+        problem = "the table is shorter than it says"
+        try:
+            for batch in table.iter_batches(16, [piece["group"]], wanted):
+                for row in batch.to_pylist():
+                    held = row.pop(image)
+                    given = row.get(path)
+                    if isinstance(held, dict):
+                        held, given = held["bytes"], held.get("path") or given
+                    yield item(row, str(given or "")), held or b"", "" if held else "the row holds no image"
+        except NOT_ITS_FAULT:
+            raise
+        except (OSError, ValueError) as error:
+            problem = f"the table is damaged here: {error}"
+        for _ in range(operator.length_hint(numbers)):
+            yield item({}), b"", problem
+
+
+def _open_table(path: str, file: IO[bytes]) -> Any:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
+    try:
+        return pq.ParquetFile(file, pre_buffer=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _image_column(schema: Any) -> str | None:
+    """The column of encoded images, if any: bytes, or bytes and path in a struct, as Hugging Face keeps them."""
+    import pyarrow as pa
+
+    def holds_bytes(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    names = [field.name for field in schema if holds_bytes(field.type)]
+    return _column(names, IMAGES) or next(iter(names), None)

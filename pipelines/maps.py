@@ -1,0 +1,218 @@
+"""What the workers of stage explain do with images, from a run's shards or from an archive: a row for each explanation.
+
+Legend: B images, D numbers in the class code.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cae import classifiers, figures, sources, training
+from cae.data import Item
+from cae.explain import Explanation, explain, over_donors
+from cae.images import Fit, encode_png, fitted, to_array, to_tensor
+from pipelines.bulk import UNIT_ROWS, Unit, batches, decode_all, read_part, read_unit, split_of, write_table
+from pipelines.cluster import place
+from pipelines.run import Run
+from pipelines.ways import Ways
+
+BATCH = 32
+
+
+def choose_targets(p: Tensor, targets: str, names: tuple[str, ...],
+                   reachable: Collection[int]) -> list[tuple[int, int]]:  # fmt: skip
+    """Image index and target class of every explanation asked for, for probabilities (B, C).
+
+    `targets` is `runner-up` (the likeliest one that is reachable, if any is), `all`, or one of the class names.
+    """
+    pairs = []
+    for i, (_, *others) in enumerate(p.argsort(1, descending=True).tolist()):
+        if targets in names:
+            others = [label for label in others if names[label] == targets]
+        elif targets == "runner-up":
+            others = [label for label in others if label in reachable][:1] or others[:1]
+        pairs += [(i, label) for label in others]
+    return pairs
+
+
+class ExplainWorker:
+    """Explains the images of a unit."""
+
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], cae: str, size: int, fit: Fit, device: str,
+                 ways: Ways, frames: bool, how: dict[str, Any]) -> None:  # fmt: skip
+        self.run, self.names, self.size, self.fit, self.device = run, names, size, fit, device
+        self.ways, self.frames, self.how = ways, frames, how
+        self.blackbox = place(classifiers.load(spec, names), device)
+        self.cae = place(training.load(cae), device)
+        self.overlays = 0  # to be drawn yet
+
+    def __call__(self, unit: Unit) -> pa.Table:
+        rows: list[dict[str, Any]] = []
+        self.overlays = unit["overlays"]
+        for batch in batches(read_unit(self.run, unit), BATCH):
+            rows += self.explain(batch["id"].to_pylist(),
+                                 decode_all(batch["image"].to_pylist(), self.size, self.fit)[0])  # fmt: skip
+        return self.table(rows, split_of(unit))
+
+    def explain(self, ids: list[str], arrays: np.ndarray) -> list[dict[str, Any]]:
+        """A row for every explanation of images uint8 (B, size, size, 3); draws overlays while any are left."""
+        rows: list[dict[str, Any]] = []
+        at_once = max(1, BATCH // self.ways.donors)
+        p = self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu()
+        images, targets = [], []
+        for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):
+            if label in self.ways.ends:
+                images.append(i)
+                targets.append(label)
+            else:
+                reason = f"the classifier gives no training image the class {self.names[label]}: no code to walk to"
+                rows.append(self.failed(ids[i], reason, int(p[i].argmax()), label))
+        if self.ways.given:
+            own = next(iter(self.ways.ends))
+            reason = f"the counter image is of the image's own class, {self.names[own]}: no way to another one"
+            rows += [self.failed(ids[i], reason, own, own) for i in (p.argmax(1) == own).nonzero()[:, 0].tolist()]
+        for start in range(0, len(images), at_once):
+            chosen = slice(start, start + at_once)
+            rows += self._explain(arrays, ids, p, images[chosen], targets[chosen])
+        first = {row["id"]: row for row in reversed(rows)}
+        for array, name in zip(arrays, ids, strict=True):
+            if self.overlays > 0 and name in first:
+                self._overlay(array, first[name])
+                self.overlays -= 1
+        return rows
+
+    def table(self, rows: list[dict[str, Any]], split: str) -> pa.Table:
+        """Rows of images of one split as they are written."""
+        return pa.Table.from_pylist([row | {"split": split} for row in rows], SCHEMA)
+
+    def failed(self, name: str, reason: str, source: int | None = None, target: int | None = None,
+               status: str = "failed") -> dict[str, Any]:  # fmt: skip
+        """The row of an image that has no map, and why."""
+        return {"id": name, "source": source, "target": target, "status": status, "error": reason,
+                "mode": self.how["mode"], "size": self.size}  # fmt: skip
+
+    @torch.no_grad()
+    def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int],
+                 targets: list[int]) -> list[dict[str, Any]]:  # fmt: skip
+        source = p[images].argmax(1)
+        x = to_tensor(arrays[images], self.device)
+        names = [ids[i] for i in images]
+        try:
+            class_code, individual_code = self.cae.encode(x)
+            codes = class_code.float().cpu().numpy()
+            donors, waypoints = self.ways.find(names, codes, targets)
+            counts = [len(own) for own in donors]
+            each = torch.arange(len(images)).repeat_interleave(torch.tensor(counts))  # the image of each path
+            there = each.to(self.device)
+            paths = explain(self.cae, self.blackbox, x[there], source[each].to(self.device),
+                            torch.tensor(targets)[each].to(self.device), torch.from_numpy(waypoints).to(self.device),
+                            codes=(class_code[there], individual_code[there]), **self.how)  # fmt: skip
+        except RuntimeError as error:
+            # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
+            if len(images) > 1:
+                return [
+                    row for i, t in zip(images, targets, strict=True) for row in self._explain(arrays, ids, p, [i], [t])
+                ]
+            reason = str(error).splitlines()[0]
+            return [self.failed(names[0], reason, int(source[0]), targets[0])]
+        found = over_donors(paths, counts)
+        distance = self.ways.known.distance_to(codes)
+        ends = np.cumsum(counts).tolist()
+        return [
+            {"id": names[k], "source": int(source[k]), "target": targets[k], "size": self.size,
+             "mode": self.how["mode"], "counter_ids": donors[k],
+             "counter_statuses": paths.status[ends[k] - counts[k] : ends[k]], "class_code": codes[k],
+             "code_distance": float(distance[k])}
+            | self._row(found, k)
+            for k in range(len(images))
+        ]  # fmt: skip
+
+    def _row(self, found: Explanation, k: int) -> dict[str, Any]:
+        row = {
+            "status": found.status[k], "error": "", "flip_at": float(found.flip_at[k]),
+            "p_source_start": float(found.p_source[k, 0]), "p_source_end": float(found.p_source[k, 1]),
+            "p_target_start": float(found.p_target[k, 0]), "p_target_end": float(found.p_target[k, 1]),
+            "reconstruction_error": float(found.reconstruction_error[k]),
+        }  # fmt: skip
+        if row["status"] == "failed":
+            return row | {"error": "the model or the classifier gave values that are not finite"}
+        row["map"] = found.map[k].flatten().half().cpu().numpy()
+        row["signed"] = found.signed[k].flatten().half().cpu().numpy()
+        if self.frames:
+            row["frames"] = [encode_png(frame) for frame in to_array(found.frames[k])]
+            row["frame_p"] = found.frame_p[k].cpu().numpy()
+        return row
+
+    def _overlay(self, image: np.ndarray, row: dict[str, Any]) -> None:
+        if row["status"] == "failed":
+            return
+        picture = figures.overlay(image, row["map"].astype(np.float32).reshape(self.size, self.size))
+        name = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in row["id"])[-120:]
+        self.run.write(f"explanations/overlays/{name}.png", encode_png(np.concatenate([image, picture], 1)))
+
+
+class ArchiveWorker:
+    """Explains the images of a piece of an archive, and says how many have which status.
+
+    The explanations of every UNIT_ROWS files are one Parquet file, written whole: a piece may be a whole archive, which
+    can only be read from its start, and a call that goes on explains only what is not there yet.
+    """
+
+    def __init__(self, run: Run, **how: Any) -> None:
+        self.run = run
+        self.worker = ExplainWorker(run, **how)
+
+    def __call__(self, unit: Unit) -> pa.Table:
+        counts = Counter[tuple[str, str]]()
+        numbered = enumerate(sources.read(unit))
+        for number, group in groupby(numbered, lambda pair: pair[0] // UNIT_ROWS):
+            name = f"explanations/{unit['part'].removesuffix('.parquet')}-{number:06d}.parquet"
+            if not self.run.fs.exists(self.run.path(name)):
+                self.worker.overlays = min(UNIT_ROWS, max(0, unit["overlays"] - number * UNIT_ROWS))
+                rows = [row for some in self._explain(found for _, found in group) for row in some]
+                write_table(self.run, name, self.worker.table(rows, "archive"))
+            told = read_part(self.run, name, ["status", "error"])
+            counts.update(zip(told["status"].to_pylist(), told["error"].to_pylist(), strict=True))
+        rows = [{"status": status, "error": error, "rows": count} for (status, error), count in counts.items()]
+        return pa.Table.from_pylist(rows, COUNTED)
+
+    def _explain(self, found: Iterator[tuple[Item, bytes, str]]) -> Iterator[list[dict[str, Any]]]:
+        """Rows of images as they come; not more than BATCH are held."""
+        ids, arrays = [], []
+        for item, content, problem in found:
+            for name, picture, reason in sources.frames(item, content, problem):
+                if picture is None:
+                    yield [self.worker.failed(name, reason, status="unreadable")]
+                    continue
+                ids.append(name)
+                arrays.append(fitted(picture, self.worker.size, self.worker.fit))
+                if len(ids) == BATCH:
+                    yield self.worker.explain(ids, np.stack(arrays))
+                    ids, arrays = [], []
+        if ids:
+            yield self.worker.explain(ids, np.stack(arrays))
+
+
+COUNTED = pa.schema({"status": pa.string(), "error": pa.string(), "rows": pa.int64()})
+
+
+_MAP = pa.list_(pa.float16())  # size * size; Parquet cannot read lists of fixed size back where some are null
+SCHEMA = pa.schema({
+    "id": pa.string(), "split": pa.string(),
+    "source": pa.int32(),  # the classifier's class
+    "target": pa.int32(), "status": pa.string(), "error": pa.string(),
+    "counter_ids": pa.list_(pa.string()), "counter_statuses": pa.list_(pa.string()), "mode": pa.string(),
+    "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
+    "p_target_start": pa.float32(), "p_target_end": pa.float32(), "reconstruction_error": pa.float32(),
+    "class_code": pa.list_(pa.float32()), "code_distance": pa.float32(), "size": pa.int32(),
+    "map": _MAP, "signed": _MAP,
+    "frames": pa.list_(pa.binary()), "frame_p": pa.list_(pa.float32()),
+})  # fmt: skip

@@ -1,0 +1,101 @@
+"""A finished run explains an archive of new images, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import corpus
+import mlflow
+import numpy as np
+import pandas as pd
+from conftest import ROOT, blob, command, state
+
+from cae.images import encode_png
+
+
+def explained(out: Path) -> pd.DataFrame:
+    parts = [pd.read_parquet(path) for path in sorted(out.glob("explanations/*.parquet"))]
+    return pd.concat(parts, ignore_index=True).sort_values("id", ignore_index=True)
+
+
+def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    new = {f"ward/{i}.png": encode_png(blob(rng, i % 2)) for i in range(9)}
+    known = {f"spot/{path.name}": path.read_bytes() for path in (archive / "spot").glob("[0-9]*")}
+    broken = {"ward/cut.jpg": corpus.CORPUS["jpeg"][0][:300], "notes": b"no picture"}
+    (tmp_path / "new.zip").write_bytes(corpus.zipped(new | known | broken))
+    out, before = tmp_path / "out", (finished / "run.json").read_bytes()
+    words = ["--run", str(finished), "--archive", str(tmp_path / "new.zip"), "--out", str(out)]
+    words += ["--overlays", "4"]
+    done = command("explain.py", *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert (finished / "run.json").read_bytes() == before
+
+    rows = explained(out)
+    assert sorted(rows.id.str.split("#").str[0]) == sorted(new | known | broken) and set(rows.split) == {"archive"}
+    lost = rows[rows.status == "unreadable"]
+    assert sorted(lost.id.str.split("#").str[0]) == sorted(broken) and lost.error.str.len().gt(0).all()
+    assert len(list(out.glob("explanations/overlays/*.png"))) == 4
+    # An image that the run has explained gets the same map and code.
+    theirs = [pd.read_parquet(path) for path in finished.glob("explanations/split=*/*.parquet")]
+    both = rows.merge(pd.concat(theirs), on=["id", "target"])
+    codes = pd.concat([pd.read_parquet(path) for path in finished.glob("codes/**/*.parquet")]).set_index("id")
+    assert len(both)
+    for row in both.itertuples():
+        assert row.status_x == row.status_y
+        np.testing.assert_allclose(row.map_x.astype(np.float32), row.map_y.astype(np.float32), rtol=2e-2, atol=2e-3)
+        np.testing.assert_allclose(row.class_code_x, codes.class_code[row.id], rtol=1e-3, atol=1e-4)
+
+    result = state(out)["stages"]["explain"]["result"]
+    assert result["statuses"] == rows.status.value_counts().to_dict() and sum(result["reasons"].values()) == 2
+    assert "unreadable 2 (3.9%)" in done.stdout
+    client = mlflow.MlflowClient(state(out)["tracking_uri"])
+    logged = client.get_run(state(out)["mlflow_run_id"]).data.metrics
+    assert {name: logged[f"explain/rows/{name}"] for name in result["statuses"]} == result["statuses"]
+
+    done = command("explain.py", *words)
+    assert done.returncode == 0 and "already done" in done.stdout
+    for change, says in (
+        (["--mode", "contrast"], "--mode contrast contradicts the stage explain"),
+        (["--archive", str(archive)], "contradicts the stage explain"),
+        (["--out", str(finished / "new")], "choose a folder of its own"),
+        (["--out", ""], "--archive says what to explain and --out where to"),
+        (["--archive", str(tmp_path / "none"), "--out", str(tmp_path / "other")], "is no folder"),
+    ):
+        done = command("explain.py", *words, *change)
+        assert done.returncode != 0 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_killed_it_goes_on_and_refuses_another_archive(finished: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    images = {f"{i}.png": encode_png(blob(rng, i % 2)) for i in range(700)}
+    path, out = tmp_path / "new.tar.gz", tmp_path / "out"
+    path.write_bytes(corpus.tarred(images, "w:gz"))
+    words = ["--run", str(finished), "--archive", str(path), "--out", str(out)]
+    with open(tmp_path / "log", "w") as log:
+        driver = subprocess.Popen([sys.executable, str(ROOT / "pipelines/explain.py"), *words], stdout=log, stderr=log)
+        deadline = time.time() + 300
+        while not any(out.glob("explanations/*.parquet")):
+            assert driver.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.02)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert "result" not in state(out)["stages"]["explain"]
+    there = {part: part.stat().st_mtime_ns for part in out.glob("explanations/*.parquet")}
+
+    path.write_bytes(corpus.tarred(images | {"more.png": images["0.png"]}, "w:gz"))
+    done = command("explain.py", *words)
+    assert done.returncode != 0 and "it has changed since" in done.stderr, done.stderr[-3000:]
+    path.write_bytes(corpus.tarred(images, "w:gz"))
+    done = command("explain.py", *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert {part: part.stat().st_mtime_ns for part in there} == there  # nothing is done twice
+    rows = explained(out)
+    assert sorted(rows.id.str.split("#").str[0]) == sorted(images)
+    assert json.loads((out / "run.json").read_text())["stages"]["explain"]["result"]["statuses"]

@@ -1,0 +1,647 @@
+"""Black boxes of every kind: each gives what the same network gives in this process, and each can be explained."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, blob, command, state
+from PIL import Image
+from torch import Tensor, nn
+
+from cae.blackboxes import Card, is_foreign, read_card, resolve
+from cae.classifiers import BlackBox, ResNet, class_names, load
+from cae.config import PRESETS, LossWeights
+from cae.explain import explain
+from cae.networks import CAE, Discriminator
+from cae.peers.grad_cam import grad_cam
+from cae.training import Trainer
+from pipelines import explain as explain_stage
+from pipelines import train as train_stage
+from pipelines.run import Run, UserError, parse
+
+torch.set_num_threads(1)
+CLASSES = ("bird", "cat", "dog")
+SIZE = 32
+
+
+class Net(nn.Module):
+    """Colour, place and sign all matter to it."""
+
+    def __init__(self, channels: int = 3, outputs: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 5, 3)
+        self.head = nn.Linear(6 * 4, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(nn.functional.adaptive_avg_pool2d(self.conv(x), 2)).flatten(1)) * 9
+
+
+class Last(nn.Module):
+    """Takes its colours last."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.permute(0, 3, 1, 2))
+
+
+def network(channels: int = 3, outputs: int = 3) -> Net:
+    torch.manual_seed(7)
+    return Net(channels, outputs).eval().requires_grad_(False)
+
+
+def images(count: int = 5, size: int = SIZE) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def write_card(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(fields))
+
+
+# --- Every kind, from the same network --------------------------------------------------------------------------------
+
+
+class Server:
+    """A model server on this machine: answers as `reply` says and keeps what it was asked."""
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Any]) -> None:
+        self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
+        self.failures: list[int] = []  # status codes to answer with before the first good one
+        self.pause = 0.0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append((body, dict(self.headers)))
+                time.sleep(server.pause)
+                status = server.failures.pop(0) if server.failures else 200
+                answer = b"out of \n order" if status != 200 else json.dumps(reply(body)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[dict[str, Any]], Any]], Server]]:
+    servers: list[Server] = []
+
+    def start(reply: Callable[[dict[str, Any]], Any]) -> Server:
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+def answers(net: nn.Module, key: str = "instances") -> Callable[[dict[str, Any]], Any]:
+    return lambda body: {"predictions": net(torch.tensor(body[key])).tolist()}
+
+
+def export(path: Path, net: nn.Module, example: Tensor, batch: int | None = None) -> str:
+    """As .pt2, for any batch or for one of `batch`."""
+    if batch:
+        program = torch.export.export(net, (example[:batch],))
+    else:
+        program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def to_onnx(path: Path, net: nn.Module, example: Tensor, batch: int | None = None) -> str:
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    axes = None if batch else {"x": {0: "batch"}}
+    torch.onnx.export(net, (example[: batch or len(example)],), path, dynamo=False, input_names=["x"],
+                      dynamic_axes=axes)  # fmt: skip
+    return str(path)
+
+
+def module_of(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:
+    """A module called `name` that can be imported."""
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+FUNCTIONS = """
+import numpy as np
+import torch
+net = torch.load({path!r}, weights_only=False)
+def with_gradient(x):
+    return net(x)
+class Nested:
+    @staticmethod
+    def outputs_only(x):
+        with torch.no_grad():
+            return net(x).numpy().astype(np.float64).tolist()
+answer = 42
+"""
+KINDS = ["pt2", "pt2, batch of 2", "onnx", "onnx, batch of 2", "http", "mlflow", "function", "function, no gradient",
+         "pickle", "timm", "torchvision"]  # fmt: skip
+DIFFERENTIABLE = {"pt2", "pt2, batch of 2", "function", "pickle", "timm", "torchvision"}
+
+
+def library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        pytest.skip(f"{name} cannot be imported: {type(error).__name__}: {error}")
+
+
+@pytest.fixture
+def open_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Any) -> Callable[[str], tuple[str, nn.Module]]:
+    """A classifier of a kind, as a user would name it, and its network in this process."""
+
+    def make(kind: str) -> tuple[str, nn.Module]:
+        net, x = network(), images()
+        batch = 2 if kind.endswith("of 2") else None
+        card = {"classes": CLASSES, "mean": [0.2, 0.5, 0.6], "std": [0.3, 0.2, 0.5]}
+        if kind in ("timm", "torchvision"):
+            module = library(kind)
+            torch.manual_seed(1)
+            name = "test_resnet" if kind == "timm" else "shufflenet_v2_x0_5"
+            make = module.create_model if kind == "timm" else module.models.get_model
+            net = make(name, num_classes=3).requires_grad_(False)
+            for _ in range(30):  # batch norms that have seen images, so that the outputs differ
+                net(images(8, 64))
+            net.eval()
+            safetensors.torch.save_file(net.state_dict(), tmp_path / "net.safetensors")
+            write_card(tmp_path / "net.json", **card)
+            return f"{kind}:{name}@{tmp_path}/net.safetensors", net
+        if kind.startswith(("pt2", "onnx")):
+            path = tmp_path / f"net.{kind[:4].rstrip(',')}"
+            write_card(tmp_path / "net.json", **card)
+            return (export if kind.startswith("pt2") else to_onnx)(path, net, x, batch), net
+        torch.save(net, tmp_path / "net.pth")
+        if kind == "pickle":
+            write_card(tmp_path / "net.json", **card)
+            return resolve(f"{tmp_path}/net.pth", trust_pickle=True), net
+        if kind in ("http", "mlflow"):
+            server = serve(answers(net, "inputs" if kind == "mlflow" else "instances"))
+            card |= {"classifier": server.url, "protocol": "mlflow" if kind == "mlflow" else "json", "batch": 2}
+        else:
+            module_of(tmp_path, monkeypatch, "theirs", FUNCTIONS.format(path=f"{tmp_path}/net.pth"))
+            card |= {"classifier": "theirs:with_gradient" if kind == "function" else "theirs:Nested.outputs_only"}
+        write_card(tmp_path / "card.json", **card)
+        return f"{tmp_path}/card.json", net
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_its_network_s_outputs_and_explains(kind: str, open_kind: Any) -> None:
+    spec, net = open_kind(kind)
+    blackbox = load(spec, CLASSES)
+    x = images(5, SIZE)
+    normalised = x.clone()
+    for channel, (mean, std) in enumerate([(0.2, 0.3), (0.5, 0.2), (0.6, 0.5)]):
+        normalised[:, channel] = ((x[:, channel] + 1) / 2 - mean) / std
+    torch.testing.assert_close(blackbox(x).detach(), net(normalised), rtol=1e-4, atol=1e-4)
+    assert blackbox.classes == CLASSES and blackbox(x[:1]).shape == (1, 3) and not blackbox.training
+    assert blackbox.differentiable == (kind in DIFFERENTIABLE)
+
+    # Explaining through it is explaining through the network itself: by outputs alone, and by its gradient if any.
+    torch.manual_seed(2)
+    cae = CAE(replace(PRESETS["quick"].model, image_size=SIZE, channels=3, width=8, mlp_width=8)).eval()
+    itself = BlackBox(net, CLASSES, mean=[0.2, 0.5, 0.6], std=[0.3, 0.2, 0.5])
+    order = blackbox.probabilities(x).argsort(1, descending=True)
+    question = x, order[:, 0], order[:, 1], cae.encode(x.flip(0))[0].detach()
+    for mode in ("path", "auto"):
+        found = explain(cae, blackbox, *question, mode=mode)
+        wanted = "patch" if mode == "auto" and not blackbox.differentiable else mode
+        expected = explain(cae, itself, *question, mode=wanted)
+        assert found.status == expected.status and found.map.abs().sum() > 0
+        torch.testing.assert_close(found.map, expected.map, rtol=1e-2, atol=1e-3 * expected.map.max().item())
+    if not blackbox.differentiable:
+        with pytest.raises(ValueError, match=r"^--mode integrated needs the classifier's gradient.*choose patch$"):
+            explain(cae, blackbox, *question, mode="integrated")
+
+
+def test_a_fixed_batch_and_size_are_kept_to(tmp_path: Path) -> None:
+    """A file for exactly two images of 20 x 28 pixels."""
+    net, example = network(), torch.rand(2, 3, 20, 28)
+    for spec in (export(tmp_path / "a.pt2", net, example, 2), to_onnx(tmp_path / "b.onnx", net, example, 2)):
+        blackbox = load(spec)
+        assert blackbox.input_size == (20, 28) and blackbox.classes == ("0", "1", "2")
+        x = images(5, 40)
+        smaller = nn.functional.interpolate((x + 1) / 2, size=(20, 28), mode="bilinear", antialias=True)
+        torch.testing.assert_close(blackbox(x).detach(), net(smaller), rtol=1e-4, atol=1e-4)
+
+
+def test_axes_channels_and_single_outputs(tmp_path: Path) -> None:
+    x, unit = images(), (images() + 1) / 2
+    second = network(3, 1)(unit)
+    cases: dict[str, tuple[nn.Module, dict[str, Any], Tensor, Tensor]] = {
+        "last": (Last(network()), {"layout": "NHWC"}, unit.permute(0, 2, 3, 1), network()(unit)),
+        "bgr": (network(), {"channels": "BGR", "mean": [0.1, 0.2, 0.3]}, unit,
+                network()(unit[:, [2, 1, 0]] - torch.tensor([0.1, 0.2, 0.3])[:, None, None])),
+        "grey": (network(1), {"channels": "grey", "std": 1 / 255}, unit[:, :1],
+                 network(1)(unit.mean(1, keepdim=True) * 255)),
+        "softmax": (nn.Sequential(network(), nn.Softmax(1)), {"outputs": "probabilities"}, unit,
+                    network()(unit).log_softmax(1)),
+        "second": (network(3, 1), {}, unit, nn.functional.pad(second, (1, 0))),
+        "sigmoid": (nn.Sequential(network(3, 1), nn.Sigmoid()), {"outputs": "probabilities"}, unit,
+                    torch.cat([nn.functional.logsigmoid(-second), nn.functional.logsigmoid(second)], 1)),
+    }  # fmt: skip
+    for name, (net, fields, example, expected) in cases.items():
+        write_card(tmp_path / f"{name}.json", **fields)
+        blackbox = load(export(tmp_path / f"{name}.pt2", net, example))
+        torch.testing.assert_close(blackbox(x).detach(), expected, rtol=1e-4, atol=1e-3)
+        assert torch.allclose(blackbox.probabilities(x), expected.softmax(1), atol=1e-5)
+
+
+def test_probabilities_of_nothing_are_no_reason_to_fail() -> None:
+    class Certain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
+
+    p = BlackBox(Certain(), ("a", "b"), outputs="probabilities").probabilities(images(2))
+    assert p.isfinite().all() and p.allclose(torch.tensor([[0.0, 1.0]]), atol=1e-30)
+
+
+# --- Servers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_fails_is_asked_again_and_one_that_goes_on_failing_is_named(serve: Any, tmp_path: Path) -> None:
+    server = serve(answers(network()))
+    card = tmp_path / "card.json"
+    write_card(card, classifier=server.url, retries=2, timeout=5)
+    blackbox, x = load(str(card)), images()
+    expected = blackbox(x)
+    server.failures = [503, 429]
+    assert torch.equal(blackbox(x), expected)
+    server.failures = [503, 500, 502]
+    with pytest.raises(ValueError, match=rf"^the classifier at {server.url} answers 502: out of order$"):
+        blackbox(x)
+    server.failures, asked = [404], len(server.asked)
+    with pytest.raises(ValueError, match="answers 404"):  # asking again would change nothing
+        blackbox(x)
+    assert len(server.asked) == asked + 1
+
+    write_card(card, classifier=server.url, retries=1, timeout=0.3)
+    server.pause = 1.0
+    with pytest.raises(ValueError, match=r"does not answer: .*timed out"):
+        load(str(card))
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(ValueError, match=r"does not answer: .*refused"):
+        load(str(card))
+
+
+def test_a_server_gets_batches_and_its_token(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(answers(network()))
+    write_card(tmp_path / "card.json", classifier=server.url, batch=2, token="THEIR_TOKEN")
+    with pytest.raises(ValueError, match=r"\$THEIR_TOKEN .* not set"):
+        load(f"{tmp_path}/card.json")
+    monkeypatch.setenv("THEIR_TOKEN", "open sesame")
+    blackbox = load(f"{tmp_path}/card.json")
+    server.asked.clear()
+    x = images(5)
+    blackbox(x)
+    assert [len(body["instances"]) for body, _ in server.asked] == [2, 2, 1]
+    assert {headers["Authorization"] for _, headers in server.asked} == {"Bearer open sesame"}
+    sent = np.array([image for body, _ in server.asked for image in body["instances"]])
+    np.testing.assert_allclose(sent, (x.numpy() + 1) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (lambda body: {"predictions": [[1.0, 2.0]]}, "1 rows for 2 images"),
+        (lambda body: {"error": "no"}, "KeyError: 'predictions'"),
+        (lambda body: {"predictions": [["a", "b"]] * 2}, "gives no list of numbers for each image"),
+        (lambda body: {"predictions": [[1.0, 2.0], [1.0]]}, "gives no list of numbers for each image"),
+        (lambda body: "fine", "gives no list of numbers for each image"),
+        (lambda body: {"predictions": [[[1.0, 2.0]]] * 2}, "too many values to unpack"),
+    ],
+)
+def test_answers_that_are_none(serve: Any, reply: Any, says: str) -> None:
+    server = serve(reply)
+    with pytest.raises(ValueError) as error:
+        load(server.url)
+    text = str(error.value)
+    assert says in text and server.url in text and "\n" not in text
+
+
+def test_named_columns_are_put_in_the_order_of_the_classes(serve: Any, tmp_path: Path) -> None:
+    """As MLflow answers for a data frame."""
+    server = serve(lambda body: {"predictions": [{"dog": 3.0, "bird": 1.0, "cat": 2.0}] * len(body["inputs"])})
+    write_card(tmp_path / "card.json", classifier=server.url, protocol="mlflow", classes=CLASSES)
+    assert load(f"{tmp_path}/card.json")(images(1)).tolist() == [[1, 2, 3]]
+    write_card(tmp_path / "card.json", classifier=server.url, protocol="mlflow")
+    assert load(f"{tmp_path}/card.json")(images(1)).tolist() == [[3, 1, 2]]
+
+
+MODEL = """
+import numpy as np
+from mlflow.pyfunc import PythonModel
+from mlflow.models import set_model
+class Channels(PythonModel):
+    def predict(self, context, model_input, params=None):
+        return np.asarray(model_input).mean((2, 3))
+set_model(Channels())
+"""
+
+
+def test_mlflow_s_own_scoring_server_is_understood(tmp_path: Path) -> None:
+    import mlflow
+    import uvicorn
+    from mlflow.pyfunc.scoring_server import init
+
+    (tmp_path / "model.py").write_text(MODEL)
+    mlflow.pyfunc.save_model(str(tmp_path / "model"), python_model=str(tmp_path / "model.py"), pip_requirements=[])
+    app = init(mlflow.pyfunc.load_model(str(tmp_path / "model")))
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.05)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}/invocations"
+        write_card(tmp_path / "card.json", classifier=url, protocol="mlflow")
+        x = images()
+        outputs = load(f"{tmp_path}/card.json")(x)
+        torch.testing.assert_close(outputs, ((x + 1) / 2).mean((2, 3)), rtol=0, atol=1e-5)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+# --- Pickles ----------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+class Planted(nn.Module):
+    """A network whose pickle leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.bomb = Bomb(path)
+
+
+def test_pickles_run_only_where_they_are_trusted(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    for name in ("net.pth", "net.pt"):
+        torch.save(Planted(trace), tmp_path / name)
+        write_card(tmp_path / "card.json", classifier=name)
+        for spec in (f"{tmp_path}/{name}", f"{tmp_path}/card.json"):
+            with pytest.raises(ValueError, match="--trust-pickle"):
+                load(spec)
+            assert not trace.exists()
+            with pytest.raises(ValueError):
+                load(resolve(spec, trust_pickle=True))
+            assert trace.exists()
+            trace.unlink()
+    with pytest.raises(ValueError, match="say --trust-pickle instead"):
+        resolve("trusted:net.pth")
+    write_card(tmp_path / "card.json", classifier="trusted:net.pth")
+    with pytest.raises(ValueError, match="say --trust-pickle instead"):
+        load(f"{tmp_path}/card.json")
+    torch.save([1, 2], tmp_path / "net.pth")
+    with pytest.raises(ValueError, match="holds no network but a list"):
+        load(resolve(f"{tmp_path}/net.pth", trust_pickle=True))
+
+
+def test_an_exported_network_with_a_pickle_inside_is_refused(tmp_path: Path) -> None:
+    """`torch.export.load` falls back to unpickling anything that lies where the example inputs do."""
+    import io
+    import zipfile
+
+    trace = tmp_path / "trace"
+    good = export(tmp_path / "good.pt2", network(), images())
+    bomb = io.BytesIO()
+    torch.save(Bomb(trace), bomb)
+    with zipfile.ZipFile(good) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+
+    def planted(name: str, changes: dict[str, bytes]) -> str:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for filename, data in (entries | changes).items():
+                archive.writestr(filename, data)
+        return f"{tmp_path}/{name}"
+
+    (inputs,) = [name for name in entries if "sample_inputs" in name]
+    root = inputs.split("/")[0]
+    load(planted("same.pt2", {}))
+    bad = {
+        "inputs.pt2": {inputs: bomb.getvalue()},
+        "constants.pt2": {f"{root}/data/constants/opaque_obj_0": b"."},
+        "native.pt2": {f"{root}/data/aotinductor/model/x.so": b"\x7fELF"},
+    }
+    for name, changes in bad.items():
+        with pytest.raises(ValueError, match=rf"{name} is no file of torch.export.save.*--trust-pickle"):
+            load(planted(name, changes))
+    assert not trace.exists()
+    with pytest.raises(ValueError):
+        load(resolve(f"{tmp_path}/inputs.pt2", trust_pickle=True))
+    assert trace.exists()  # it would have gone off
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def refusal(spec: str, classes: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ValueError) as error:
+        load(spec, classes)
+    reason = str(error.value)
+    assert reason and len(reason.splitlines()) == 1
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"classes": ["a", "a"]}, "classes is ('a', 'a')"), ({"classes": "ab"}, "classes is 'ab'"),
+        ({"classes": ["a"]}, "classes is ('a',)"), ({"input_size": 0}, "input_size is 0"),
+        ({"input_size": [1, 2, 3]}, "input_size is (1, 2, 3)"), ({"input_size": 1.5}, "input_size is 1.5"),
+        ({"channels": "GRB"}, "channels is 'GRB': choose RGB, BGR, grey"), ({"layout": 3}, "layout is 3"),
+        ({"mean": "0"}, "mean is '0'"), ({"std": 0}, "std is 0"), ({"std": [1, 0, 1]}, "std is (1, 0, 1)"),
+        ({"outputs": "softmax"}, "choose logits, probabilities"), ({"batch": 0}, "batch is 0"),
+        ({"batch": True}, "batch is True"), ({"timeout": 0}, "timeout is 0"), ({"retries": -1}, "retries is -1"),
+        ({"token": 5}, "token is 5"), ({"size": 3}, "no card of a classifier, an object with some of the fields"),
+        (None, "no card of a classifier"), ([1], "no card of a classifier"),
+    ],
+)  # fmt: skip
+def test_cards_that_make_no_sense(tmp_path: Path, fields: Any, says: str) -> None:
+    (tmp_path / "net.json").write_text(json.dumps(fields))
+    (tmp_path / "net.onnx").write_bytes(b"")
+    reason = refusal(f"{tmp_path}/net.onnx")
+    assert says in reason and f"{tmp_path}/net.json" in reason
+
+
+def test_cards_that_name_nothing(tmp_path: Path) -> None:
+    assert "no file" in refusal(f"{tmp_path}/card.json")
+    for text, says in {
+        "{": "cannot use",
+        '{"mean": 0}': "names no classifier",
+        '{"classifier": "x.json"}': "names no",
+    }.items():
+        (tmp_path / "card.json").write_text(text)
+        assert says in refusal(f"{tmp_path}/card.json")
+
+
+def test_classifiers_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Any) -> None:
+    module_of(
+        tmp_path, monkeypatch, "theirs", "def f(x): return x[:, :, 0, 0][:, None]\ndef g(x): 1 / 0\nanswer = 42\n"
+    )
+    module_of(tmp_path, monkeypatch, "broken", "import nothing_of_that_name")
+    (tmp_path / "net.onnx").write_bytes(b"junk")
+    (tmp_path / "net.pt2").write_bytes(b"junk")
+    for spec, says in {
+        "nowhere:f": "no function nowhere:f (ModuleNotFoundError", "theirs:h": "no function theirs:h (AttributeError",
+        "broken:f": "nothing_of_that_name", "theirs:answer": "is no function", "theirs:f": "fails on two grey images",
+        "theirs:g": "of 128 x 128 pixels: the classifier failed: ZeroDivisionError",
+        f"{tmp_path}/net.pt2": "no file of torch.export.save", f"{tmp_path}/none.pt2": "cannot read the classifier",
+        f"{tmp_path}/none.onnx": "cannot read the classifier", "foo://x/net.pt2": "cannot",
+        f"{tmp_path}/net.pth": "read as tensors only",
+    }.items():  # fmt: skip
+        assert says in refusal(spec)
+    pytest.importorskip("onnxruntime")
+    assert "net.onnx is no ONNX network" in refusal(f"{tmp_path}/net.onnx")
+
+
+def test_outputs_must_be_as_many_as_the_classes(tmp_path: Path) -> None:
+    spec = export(tmp_path / "net.pt2", network(), images())
+    assert class_names(spec, ()) == ("0", "1", "2") and class_names(spec, CLASSES) == CLASSES
+    reason = refusal(spec, ("a", "b"))
+    assert "has 3 outputs and there are 2 classes (a, b)" in reason and "JSON beside it" in reason
+    write_card(tmp_path / "net.json", classes=CLASSES)
+    assert class_names(spec, ("dog",)) == CLASSES
+    with pytest.raises(ValueError, match="the data has 'horse'"):
+        class_names(spec, ("horse",))
+    assert "the same order" in refusal(spec, CLASSES[::-1])
+
+
+def test_paths_become_absolute_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    for spec, expected in {
+        "folder": f"{here}/folder", "net.onnx": f"{here}/net.onnx", "/a/net.pt2": "/a/net.pt2",
+        "torchvision:resnet18@a/b.pth": f"torchvision:resnet18@{here}/a/b.pth", "timm:x@/a.pth": "timm:x@/a.pth",
+        "pack.age:f.g": "pack.age:f.g", "s3://b/net.pt2": "s3://b/net.pt2",
+        "https://host/x": "https://host/x", "timm:x@s3://b/n.pth": "timm:x@s3://b/n.pth",
+    }.items():  # fmt: skip
+        assert resolve(spec) == expected and is_foreign(spec) == (spec != "folder")
+    assert resolve("net.pth", folder="s3://b/c") == "s3://b/c/net.pth"
+    with pytest.raises(ValueError, match="would be logged") as error:
+        resolve("http://me:secret@host/x")
+    assert "secret" not in str(error.value)
+    write_card(tmp_path / "net.json", classifier="net.onnx", mean=[1, 2, 3])
+    assert read_card(f"{here}/net.json") == (f"{here}/net.onnx", Card(classifier="net.onnx", mean=(1, 2, 3)))
+
+
+def test_grad_cam_needs_a_layer(tmp_path: Path) -> None:
+    state = ResNet("resnet18", 3).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "net.safetensors")
+    assert load(f"torchvision:resnet18@{tmp_path}/net.safetensors").cam_layer == "layer4"
+    write_card(tmp_path / "net.json", cam_layer="layer3")
+    blackbox = load(f"torchvision:resnet18@{tmp_path}/net.safetensors")
+    assert grad_cam(blackbox, images(2), torch.tensor([0, 1])).shape == (2, SIZE, SIZE)
+    exported = load(export(tmp_path / "plain.pt2", network(), images()))
+    with pytest.raises(ValueError, match="names no layer for Grad-CAM"):
+        grad_cam(exported, images(2), torch.tensor([0, 1]))
+
+
+def test_the_class_head_falls_back_without_a_gradient_and_says_so_if_it_was_asked_for() -> None:
+    model = replace(PRESETS["quick"].model, image_size=SIZE, channels=3, width=8, mlp_width=8, disc_width=4)
+    blackbox = BlackBox(network(), CLASSES)
+
+    def trainer(class_head: Any) -> Trainer:
+        config = replace(PRESETS["quick"].train, class_head=class_head)
+        return Trainer(CAE(model), Discriminator(model, 3), config, LossWeights(), 10, blackbox)
+
+    assert trainer("auto").config.class_head == "blackbox"
+    blackbox.differentiable = False
+    assert trainer("auto").config.class_head == "distilled"
+    terms = trainer("auto").step(images(4), torch.tensor([0, 1, 1, 2]))
+    assert "distil" in terms
+    with pytest.raises(ValueError, match=r"^--class-head blackbox needs the classifier's gradient.*choose distilled$"):
+        trainer("blackbox")
+
+
+# --- The pipeline, as a user runs it ----------------------------------------------------------------------------------
+
+BRIGHT = """
+import numpy as np
+def brightness(x):
+    highest = x.numpy().max((1, 2, 3))
+    return np.stack([0.8 - highest, highest - 0.8], 1) * 20
+"""
+
+
+def test_a_whole_run_through_a_function_without_a_gradient(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.fromarray(blob(rng, i % 2)).save(tmp_path / "images" / f"{i:02}.png")
+    (tmp_path / "theirs.py").write_text(BRIGHT)
+    write_card(tmp_path / "card.json", classifier="theirs:brightness", classes=["dark", "bright"])
+    run = tmp_path / "run"
+    where = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    words = ["--dataset", f"{tmp_path}/images", "--run", str(run), "--classifier", f"{tmp_path}/card.json", *TINY]
+    done = command("full.py", *words, PYTHONPATH=where)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "outputs only, no gradient" in done.stdout
+    assert "class head distilled" in done.stdout and "mode patch" in done.stdout
+    assert state(run)["stages"]["classify"]["result"]["classes"] == ["dark", "bright"]
+    assert {"CAE", "random"} <= set(pd.read_csv(run / "evaluation/perturbation.csv").dropna(subset="value").method)
+    skipped = pd.read_csv(run / "evaluation/skipped.csv").set_index("what").reason
+    assert "names no layer" in skipped["maps by Grad-CAM"]
+
+
+def test_what_needs_a_gradient_or_trust_is_refused_before_any_work(tmp_path: Path) -> None:
+    def begun(**classified: Any) -> Run:
+        stages = {name: {"options": {}, "result": {}} for name in ("shard", "classify", "train", "embed")}
+        stages["classify"]["result"] = {"spec": "theirs:f", "classes": ["a", "b"], **classified}
+        (tmp_path / "run.json").write_text(json.dumps({"options": {"dataset": "x"}, "stages": stages}))
+        return Run(str(tmp_path))
+
+    run = begun(differentiable=False)
+    options = parse(explain_stage.ExplainOptions, ["--run", str(tmp_path), "--class-head", "blackbox"])
+    with pytest.raises(ValueError, match="--class-head blackbox needs the classifier's gradient"):
+        train_stage.train(run, options)
+    with pytest.raises(ValueError, match="--mode integrated needs the classifier's gradient"):
+        explain_stage.explain_images(run, replace(options, mode="integrated"))
+    begun(spec="trusted:/theirs/net.pth")
+    with pytest.raises(UserError, match=r"^the classifier /theirs/net.pth may run a pickle: say --trust-pickle again$"):
+        explain_stage.main(options)
+    assert not parse(explain_stage.ExplainOptions, ["--run", str(tmp_path)]).trust_pickle
