@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import os
 import stat
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import IO, Any
 
 from cae.data import filesystem
@@ -142,8 +145,9 @@ def tar_members(path: str, streamed: bool = False) -> Iterator[Member]:
     with ExitStack() as files:
         file = files.enter_context(open_file(path))
         try:
-            mode: Any = "r|*" if streamed else "r:"
-            tar: Any = files.enter_context(tarfile.open(fileobj=file, mode=mode, tarinfo=_Header))
+            mode: Any = "r|" if streamed else "r:"
+            plain = _unpacked(file) if streamed else file
+            tar: Any = files.enter_context(tarfile.open(fileobj=plain, mode=mode, tarinfo=_Header))
         except NOT_ITS_FAULT:
             raise
         except DAMAGED as error:
@@ -165,6 +169,20 @@ def tar_members(path: str, streamed: bool = False) -> Iterator[Member]:
             yield Member(
                 os.path.basename(path), (), f"the archive is damaged behind its last file here: {damage}", bytes
             )
+
+
+def _unpacked(file: IO[bytes]) -> Any:
+    """What a compressed file unpacks to, a little at a time; tarfile itself unpacks ten kilobytes at once, which may be
+    seventy megabytes of zeros."""
+    begins = file.read(6)
+    file.seek(0)
+    opens: dict[bytes, Callable[[IO[bytes]], Any]] = {
+        b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open,
+    }  # fmt: skip
+    for magic, unpack in opens.items():
+        if begins.startswith(magic):
+            return SimpleNamespace(read=unpack(file).read1)  # which gives what is before a damage
+    return file
 
 
 def _what(member: tarfile.TarInfo) -> str:

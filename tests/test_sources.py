@@ -198,7 +198,7 @@ def test_a_tar_of_a_hundred_gigabytes_needs_neither_memory_nor_disk(tmp_path: Pa
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "tar.xz"])
 def test_what_unpacks_to_gigabytes_is_not_held(tmp_path: Path, kind: str) -> None:
     """Compressed, zeros are small; a few members are just small enough to be looked at."""
-    small, count = 6 << 20, 40
+    small, count = 2 << 20, 40
     files = {f"{i}.png": bytes(small) for i in range(count)} | {"good.png": FILES["train/cat/0.png"]}
     path = tmp_path / f"a.{kind}"
     if kind == "zip":
@@ -212,7 +212,7 @@ def test_what_unpacks_to_gigabytes_is_not_held(tmp_path: Path, kind: str) -> Non
             for item, content, problem in read(piece):
                 assert not problem and len(content) == (small if item.name != "good.png" else len(files["good.png"]))
 
-    assert peak(work) < 10 * small  # tarfile unpacks 10 kB at once, which may be ten megabytes of zeros
+    assert peak(work) < 14 * small  # lzma itself takes eight megabytes
 
 
 def test_a_zip_bomb_is_refused_unopened(tmp_path: Path) -> None:
