@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. See README.md.
+# make demo | test | test-slow | lint | clean. See README.md.
 PYTHON ?= python3
 VENV   ?= .venv
 # What pip is given for torch. Without an NVIDIA GPU: a release that package mirrors serve as a CPU build; where yours
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # Sized for five minutes on two cores.
 DEMO   ?= --image-size 48 --resnet.epochs 4 --pairs 1600 --warm-up 200 --lr 1e-3 --ema 0.98 --splits test --evaluated 40 --draws 2
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-slow lint format clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
@@ -22,6 +22,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -134,6 +134,11 @@ def read_part(run: Run, name: str, columns: list[str] | None = None) -> pa.Table
         return pq.ParquetFile(file).read(columns)
 
 
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of N lists of equal length D, N > 0, as an array (N, D), with no Python object for every number."""
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
+
+
 def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
     """One unit per row group of the image shards, of some splits or all."""
     units = []

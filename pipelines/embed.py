@@ -20,6 +20,7 @@ from pipelines.bulk import (
     batches,
     bulk,
     decode_all,
+    matrix,
     read_images,
     read_table,
     read_unit,
@@ -48,7 +49,7 @@ def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
     bulk(run, options, "embed", shard_units(run), EmbedWorker, "codes",
          spec=chosen["spec"], names=names, size=size, fit=options.fit, device=device_of(options))  # fmt: skip
     table = read_table(run, "codes")
-    codes = np.array(table["class_code"].to_pylist(), np.float32)
+    codes = matrix(table["class_code"])
     ids, splits = np.array(table["id"].to_pylist()), np.array(table["split"].to_pylist())
     known = splits == "train"
     projections = manifold.project(codes, known, options.seed)

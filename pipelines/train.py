@@ -60,10 +60,12 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     """Train the CAE on the train split and save it in `cae/`; returns its last measures on held-out images."""
     if options.authors_generator:
         return _take(run, options)
+    differentiable = run.result("classify").get("differentiable", True)
+    class_head = choose_class_head(options.train.class_head, differentiable)
     connect()
     last = fit(run, options, "train", save=run.path("cae"))
     tracking.log_folder(run, "cae")
-    says = f"{last['pairs']:,} pairs, held-out swap success {last['swap_success']:.3f}"
+    says = f"{last['pairs']:,} pairs, class head {class_head}, held-out swap success {last['swap_success']:.3f}"
     return {"says": says} | {f"train/{name}": last[name] for name in last.keys() - {"pairs", "progress"}}
 
 

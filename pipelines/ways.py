@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cae.manifold import TrainingCodes
-from pipelines.bulk import read_table
+from pipelines.bulk import matrix, read_table
 from pipelines.embed import CANDIDATES
 from pipelines.run import Run, UserError
 
@@ -33,7 +33,7 @@ def read_medoids(run: Run) -> dict[int, tuple[list[str], np.ndarray]]:
 
 
 def _codes(table: pa.Table) -> np.ndarray:
-    return np.array(table["class_code"].to_pylist(), np.float32)
+    return matrix(table["class_code"]).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, eq=False)

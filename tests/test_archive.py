@@ -14,6 +14,7 @@ import corpus
 import mlflow
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import ROOT, blob, command, state
 
 from cae.images import encode_png
@@ -24,6 +25,7 @@ def explained(out: Path) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).sort_values("id", ignore_index=True)
 
 
+@pytest.mark.slow
 def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     new = {f"ward/{i}.png": encode_png(blob(rng, i % 2)) for i in range(9)}
@@ -72,6 +74,7 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
         assert done.returncode != 0 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_refuses_another_archive(finished: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
     images = {f"{i}.png": encode_png(blob(rng, i % 2)) for i in range(700)}

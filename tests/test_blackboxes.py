@@ -608,6 +608,7 @@ def brightness(x):
 """
 
 
+@pytest.mark.slow
 def test_a_whole_run_through_a_function_without_a_gradient(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()

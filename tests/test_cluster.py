@@ -13,6 +13,7 @@ import sysconfig
 import time
 import venv
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,11 @@ import pytest
 from conftest import ROOT
 
 # A busy machine may need longer to start than Ray grants it.
-PATIENT = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300", "RAY_agent_register_timeout_ms": "300000"}
+PATIENT = {
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_SCHEDULER_EVENTS": "0",
+}  # and tells its user less
 
 # The head takes no work, so that every stage's work is done on the other node, whose runtime environments lie in a
 # folder of their own, as on a machine of its own.
@@ -29,9 +34,11 @@ import sys
 from ray.cluster_utils import Cluster
 
 memory = {"object_store_memory": 200_000_000}
-head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": int(sys.argv[1]), **memory}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-cluster.add_node(num_cpus=2, runtime_env_dir_name="runtime_resources_of_node_2", **memory)
+dashboard, *agents = map(int, sys.argv[1:])
+head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": dashboard, **memory}
+cluster = Cluster(initialize_head=True, head_node_args=head | {"dashboard_agent_listen_port": agents[0]})
+cluster.add_node(num_cpus=2, runtime_env_dir_name="runtime_resources_of_node_2",
+                 dashboard_agent_listen_port=agents[1], **memory)
 cluster.wait_for_nodes()
 print("ready", flush=True)
 sys.stdin.read()
@@ -68,6 +75,9 @@ cluster.shutdown()
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path, dict[str, str]]]:
     """Dashboard, Python and environment of a cluster of two nodes."""
@@ -82,12 +92,14 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path, dict[str, str]]]:
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "CAE_RUNS": str(tmp_path / "runs"),
     }  # fmt: skip
     env.pop("PYTHONPATH", None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with ExitStack() as stack:  # ports that no other Ray on this machine has
+        free = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        port, *agents = (str(each.getsockname()[1]) for each in free)
     log = tmp_path / "cluster.log"
     with log.open("w") as errors, subprocess.Popen(
-        [python, "-c", TWO_NODES, str(port)], env=env, text=True,
+        [python, "-c", TWO_NODES, port, *agents], env=env, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
     ) as cluster:  # fmt: skip
         try:

@@ -249,6 +249,7 @@ def test_a_method_that_cannot_work_with_the_classifier_is_left_out_with_its_reas
     assert fine.curves.notna().all() and fine.map.notna().all() and len(fine) == 5 * 3 + 2
 
 
+@pytest.mark.slow
 def test_the_full_set_measures_every_method_under_every_fill(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)

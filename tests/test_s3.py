@@ -99,6 +99,7 @@ def wait_for(url: str) -> None:
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_from_images_to_maps(s3: dict[str, str], mlflow_server: dict[str, str], tmp_path: Path) -> None:
     store, rng = bucket(s3), np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 4)):

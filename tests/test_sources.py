@@ -489,6 +489,7 @@ def test_shards_are_the_same_from_every_source(tmp_path: Path, kind: str) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_a_tar_gz_as_a_user_gives_it(tmp_path: Path) -> None:
     """Through the command line and Ray, with names that are no UTF-8."""
     files = {}

@@ -144,6 +144,7 @@ def test_weights_of_a_file_go_before_the_preset_s_and_after_the_command_line_s(t
 # --- a real search
 
 
+@pytest.mark.slow
 def test_a_search_before_training_killed_and_called_again_is_whole(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "searched"
     folder.mkdir()
