@@ -246,4 +246,6 @@ def main(options: TrainOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command(TrainOptions, main)
+    import pipelines.train as itself  # other processes find its functions by this name, not in __main__
+
+    runs.command(itself.TrainOptions, itself.main)

@@ -305,4 +305,6 @@ def main(options: TuneOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command(TuneOptions, main)
+    import pipelines.tune as itself  # other processes find its functions by this name, not in __main__
+
+    runs.command(itself.TuneOptions, itself.main)
