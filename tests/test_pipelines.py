@@ -246,7 +246,7 @@ def test_a_method_that_cannot_work_with_the_classifier_is_left_out_with_its_reas
     assert set(reasons) == {("Grad-CAM", name) for name in rows.id} | {("broken", rows.id[1])}
     assert "nowhere" in reasons["Grad-CAM", rows.id[0]] and "not finite" in reasons["broken", rows.id[1]]
     fine = maps[maps.error.isna()]
-    assert fine.curves.notna().all() and fine.map.notna().all() and len(fine) == 5 * 3 + 2
+    assert fine.curves.notna().all() and fine["map"].notna().all() and len(fine) == 5 * 3 + 2
 
 
 @pytest.mark.slow
