@@ -77,8 +77,7 @@ def train(options: Options, preset: Preset) -> list[dict[str, object]]:
     blackbox = place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")
     cae, discriminator = place(CAE(model), "cpu"), place(Discriminator(model, len(chosen["classes"])), "cpu")
     spent, begun = 0.0, time.perf_counter()
-    if config.train.warm_up:
-        training.warm_up(cae, discriminator, images, labels, config.train.warm_up, options.seed)
+    training.warm_up(cae, discriminator, images, labels, config.train, options.seed)
     batch = config.train.batch
     steps = len(pairs.index) // batch
     asked = blackbox if needs_blackbox(config.train.class_head) else None

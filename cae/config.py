@@ -43,6 +43,9 @@ class ModelConfig:
     """How the decoder doubles its size. `bilinear` leaves no grid after a short training."""
     out_kernel: int = 7
     """Kernel of the decoder's last convolution."""
+    detail: bool = False
+    """Beyond the paper: the individual code also reaches the pixels directly, by one convolution past AdaIN. Fine
+    structure comes back sooner, and is the same whatever the class code, so that it cannot be what fools b."""
     disc_width: int = 64
     """Channels after the discriminator's first convolution; doubled three times."""
     disc_blocks: int = 2
@@ -109,6 +112,9 @@ class TrainConfig:
     warm_up: int = 0
     """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes: 0 as
     the authors."""
+    recon_warm_up: int = 0
+    """Steps of 16 images after those, on which the individual encoder and the decoder learn to give images back
+    (Eq. 1 alone; an image costs a sixth of one in a pair): 0 as the authors."""
     class_head: ClassHead = "learned"
     """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, or `blackbox`: b itself, which
     must have a gradient. `auto`: `blackbox`, or `distilled` where b has none."""

@@ -99,7 +99,7 @@ class GeneratorObjective(nn.Module):
         c_swap, s_swap = self.cae.encode(swap)
         there_and_back = self.cae.decode(c, s_swap)
         judged = torch.cat([swap, reconstruction, there_and_back]) if w.keep else swap
-        logits = discriminator(judged)  # (2B or 6B, 2 + C)
+        logits = discriminator(judged if blackbox is None else swap)  # (2B or 6B, 2 + C)
         class_logits = logits[:, 2:] if blackbox is None else blackbox(judged)
         n = len(x)
         terms = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,12 +160,42 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # By sums, as torch.std_mean takes twice as long; what two sums cancel is far below float32 for features.
-        n, mean = x[0].numel(), x.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-        variance = ((x * x).mean((1, 2, 3), keepdim=True) - mean * mean) * (n / (n - 1))
-        std = variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
-        scale = self.scale[:, None, None] / (std + 1e-5)  # (B, C, 1, 1)
-        return torch.addcmul(self.shift[:, None, None] - mean * scale, x, scale)
+        return _LayerNorm.apply(x, self.scale, self.shift)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """y = (x - mean) / (std + 1e-5) * scale + shift, in as few passes over x as it takes, and so its gradient.
+
+    By autograd from elementary operations it takes three times as long. x (B, C, H, W), scale and shift (C,).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        n, total = x[0].numel(), torch.promote_types(x.dtype, torch.float32)
+        mean = x.mean((1, 2, 3), dtype=total)  # (B,)
+        # By the sum of squares; what cancels is far below float32 for features.
+        square = torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=total) ** 2
+        std = ((square - n * mean * mean) / (n - 1)).clamp(min=torch.finfo(total).tiny).sqrt()
+        ctx.save_for_backward(x, scale, mean, std)
+        gain = scale / (std + 1e-5)[:, None]  # (B, C)
+        return torch.addcmul(_wide(shift - mean[:, None] * gain, x), x, _wide(gain, x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale, mean, std = ctx.saved_tensors
+        n, inverse = x[0].numel(), 1 / (std + 1e-5)
+        sums = grad.sum((2, 3), dtype=mean.dtype)  # (B, C)
+        products = (grad * x).sum((2, 3), dtype=mean.dtype) - sums * mean[:, None]  # with x - mean
+        by_std = inverse**2 / (std * (n - 1)) * (products @ scale)  # (B,)
+        offset = mean * by_std - inverse * (sums @ scale) / n
+        grad_x = torch.addcmul(_wide(offset[:, None], x), x, _wide(-by_std[:, None], x))
+        grad_x.addcmul_(grad, _wide(inverse[:, None] * scale, x))
+        return grad_x, (products * inverse[:, None]).sum(0), sums.sum(0)
+
+
+def _wide(values: Tensor, x: Tensor) -> Tensor:
+    """A number per image and channel (B, C or 1), to go with x (B, C, H, W)."""
+    return values.to(x.dtype)[:, :, None, None]
 
 
 class UpConv(nn.Conv2d):
@@ -205,6 +236,25 @@ class UpConv(nn.Conv2d):
         return torch.minimum(place, 2 * (2 * size - 1) - place) // 2
 
 
+class OutConv(nn.Conv2d):
+    """A convolution with reflected borders to a few channels, by its four phases: (B, c_in, H, W), H and W even.
+
+    One to three output channels leave most of a vector unit idle. Every 2x2 pixels of the result as channels, from a
+    kernel one larger with stride 2, are the same numbers in half the time.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2, padding_mode="reflect")
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = [(right, 1 - right, down, 1 - down) for down in (0, 1) for right in (0, 1)]
+        phases = torch.stack([F.pad(self.weight, place) for place in places], 1).flatten(0, 1)
+        assert self.bias is not None
+        border = self.kernel_size[0] // 2
+        x = F.pad(x, (border, border, border, border), mode="reflect")
+        return F.pixel_shuffle(F.conv2d(x, phases, self.bias.repeat_interleave(4), stride=2), 2)
+
+
 class Decoder(nn.Module):
     """G: class code (B, D) and individual code (B, width, H/4, W/4) -> image (B, channels, H, W) in [-1, 1]."""
 
@@ -220,7 +270,8 @@ class Decoder(nn.Module):
         ups: list[nn.Module] = []
         for c in (width, width // 2):
             ups += [UpConv(c, c // 2, config.up_kernel, config.upsample), LayerNorm(c // 2), nn.ReLU()]
-        self.up = nn.Sequential(*ups, conv(width // 4, config.channels, config.out_kernel))
+        self.up = nn.Sequential(*ups, OutConv(width // 4, config.channels, config.out_kernel))
+        self.detail = conv(width, 16 * config.channels, 3) if config.detail else None
 
     def forward(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
         # Per AdaIN layer first all shifts, then all scales: (B, blocks, convolutions, shift | scale, C).
@@ -228,7 +279,10 @@ class Decoder(nn.Module):
         x = individual_code
         for i, block in enumerate(self.blocks):
             x = block(x, adain[:, i, :, 0], adain[:, i, :, 1])
-        return torch.tanh(self.up(x))
+        y = self.up(x)
+        if self.detail is not None:
+            y = y + F.pixel_shuffle(self.detail(individual_code), 4)
+        return torch.tanh(y)
 
 
 class CAE(nn.Module):
@@ -244,6 +298,8 @@ class CAE(nn.Module):
         self.individual_encoder = IndividualEncoder(config)
         self.decoder = Decoder(config)
         self.apply(_kaiming)
+        if self.decoder.detail is not None:  # learned from nothing, where random pixels would drown the rest
+            nn.init.zeros_(self.decoder.detail.weight)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) -> class code (B, D), individual code (B, width, H/4, W/4)."""

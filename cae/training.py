@@ -6,7 +6,7 @@ Legend: B pairs in a step, so 2B images: the first members, then the second ones
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cae.checkpoint import read_model, save_model
 from cae.config import LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
-from cae.losses import DiscriminatorObjective, GeneratorObjective, choose_class_head, needs_blackbox
+from cae.losses import DiscriminatorObjective, GeneratorObjective, choose_class_head, needs_blackbox, recon_x
 from cae.networks import CAE, Discriminator, prepare
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -171,35 +171,89 @@ class Trainer:
 
 
 WARM_UP_BATCH, WARM_UP_LR, WARM_UP_DISC_LR = 32, 2e-3, 5e-4
+RECON_BATCH = 16
+Tell = Callable[[str, int, int], None]
+"""What is being learned, steps done, steps in all."""
 
 
-def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: np.ndarray, steps: int,
-            seed: int) -> float:  # fmt: skip
-    """Teach the class encoder and D_c to name the classes of single images, before the first pair.
+def silent(what: str, step: int, steps: int) -> None:
+    """Tells nobody."""
 
-    A class code that means nothing yet and a D_c that sees no lesion yet teach the decoder to ignore both, and a short
-    training never recovers. `images` (N, S, S, 3) uint8 and `labels` (N,); classes are drawn evenly, images disturbed
-    (`disturb`), rates rise and fall over the steps. The head on the class code is thrown away. Returns the mean loss
-    of the last tenth of the steps.
+
+def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: np.ndarray, config: TrainConfig,
+            seed: int, tell: Tell = silent) -> dict[str, float]:  # fmt: skip
+    """Teach the networks what single images can, before the first pair; returns each mean loss over its last steps.
+
+    First `config.warm_up` steps for the class encoder and D_c (`class`, nats), then `config.recon_warm_up` ones for the
+    individual encoder and the decoder (`recon_x`, L1). `images` (N, S, S, 3) uint8 and `labels` (N,); classes are drawn
+    evenly. `tell` is called after every step. After no steps a loss is NaN.
     """
     device = next(cae.parameters()).device
-    rng, members = np.random.default_rng(seed), [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+
+    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
+        return np.array([rng.choice(members[kind]) for kind in rng.integers(len(members), size=count)])
+
+    def batches(what: str, count: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(seed)
+        for step in range(steps):
+            index = draw(rng, count)
+            batch, mirrored = images[index], rng.random(count) < config.flip
+            batch[mirrored] = batch[mirrored, :, ::-1]
+            yield to_tensor(batch, device), torch.tensor(labels[index], device=device)
+            tell(what, step + 1, steps)
+
+    return {
+        "class": _learn_classes(cae, discriminator, batches("class", WARM_UP_BATCH, config.warm_up), config, seed),
+        "recon_x": _learn_images(cae, batches("recon_x", RECON_BATCH, config.recon_warm_up), config),
+    }
+
+
+def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tuple[Tensor, Tensor]],
+                   config: TrainConfig, seed: int) -> float:  # fmt: skip
+    """Teach the class encoder and D_c to name the classes of images, which are disturbed (`disturb`).
+
+    A class code that means nothing yet and a D_c that sees no lesion yet teach the decoder to ignore both, and a short
+    training never recovers. Rates rise and fall over the steps. The head on the class code is thrown away.
+    """
+    device = next(cae.parameters()).device
     chance = torch.Generator(device).manual_seed(seed)
     head = nn.Linear(cae.config.class_dim, discriminator.classes).to(device)
     rates = [(cae.class_encoder, WARM_UP_LR), (head, WARM_UP_LR), (discriminator, WARM_UP_DISC_LR)]
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        x = disturb(x, chance)
+        code = cae.class_encoder(prepare(x, cae.config))
+        return F.cross_entropy(discriminator(x)[:, 2:], y) + F.cross_entropy(head(code), y)
+
+    return _descend_once(rates, loss, batches, config.warm_up) / 2
+
+
+def _learn_images(cae: CAE, batches: Iterator[tuple[Tensor, Tensor]], config: TrainConfig) -> float:
+    """Teach the individual encoder and the decoder to give images back, with the class encoder as it is."""
+    rates = [(cae.individual_encoder, WARM_UP_LR), (cae.decoder, WARM_UP_LR)]
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            code = cae.class_encoder(prepare(x, cae.config))
+        return recon_x(cae.decode(code, cae.individual_encoder(prepare(x, cae.config))), x)
+
+    return _descend_once(rates, loss, batches, config.recon_warm_up)
+
+
+def _descend_once(rates: list[tuple[nn.Module, float]], loss: Callable[[Tensor, Tensor], Tensor],
+                  batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> float:  # fmt: skip
+    """Descend under rates that rise to the ones given and fall; the mean loss of the last tenth of the steps."""
     optimizer = torch.optim.AdamW([{"params": list(part.parameters())} for part, _ in rates], fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate for _, rate in rates], total_steps=max(steps, 1))
     losses = []
-    for _ in range(steps):
-        index = np.array([rng.choice(members[kind]) for kind in rng.integers(len(members), size=WARM_UP_BATCH)])
-        x, y = disturb(to_tensor(images[index], device), chance), torch.tensor(labels[index], device=device)
-        code = cae.class_encoder(prepare(x, cae.config))
-        loss = F.cross_entropy(discriminator(x)[:, 2:], y) + F.cross_entropy(head(code), y)
+    for x, y in batches:
+        value = loss(x, y)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach() / 2)
+        losses.append(value.detach())
     return float(torch.stack(losses[-max(1, steps // 10) :]).mean()) if losses else math.nan
 
 

@@ -142,10 +142,11 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if state is None and config["start"] and run.fs.exists(run.path(config["start"])):
         with run.fs.open(run.path(config["start"]), "rb") as file:
             networks.load_state_dict(torch.load(file, map_location=device, weights_only=True))
-    elif state is None and options.warm_up:
-        loss = training.warm_up(cae, discriminator, images, config["labels"], options.warm_up, config["seed"])
+    elif state is None and options.warm_up + options.recon_warm_up:
+        learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
+                                   warm_up_teller(label) if rank == 0 else training.silent)  # fmt: skip
         if rank == 0:
-            print(f"{label} warmed up: {loss:.3f} nats to name a class", flush=True)
+            print(f"{label} warmed up: class {learned['class']:.3f} nats  recon_x {learned['recon_x']:.3f}", flush=True)
             if config["start"]:
                 buffer = io.BytesIO()
                 torch.save(networks.state_dict(), buffer)
@@ -208,6 +209,24 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if config["save"] and rank == 0:
         training.save(config["save"], trainer.best, names, train=config["train"], weights=config["weights"])
     return measures
+
+
+def warm_up_teller(label: str) -> training.Tell:
+    """Prints how far the warm-up is, every 15 seconds."""
+    told = began = time.time()
+
+    def tell(what: str, step: int, steps: int) -> None:
+        nonlocal told, began
+        now = time.time()
+        if step == 1:
+            began = now
+        elif now - told > 15:
+            told = now
+            rate = (step - 1) / (now - began)
+            progress = f"{step:,}/{steps:,} steps  {rate:.1f}/s  {(steps - step) / rate / 60:.1f} min left"
+            print(f"{label} warming up, {what}  {progress}", flush=True)
+
+    return tell
 
 
 class Watched:

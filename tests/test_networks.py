@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cae.config import PRESETS, LossWeights, ModelConfig
 from cae.losses import GeneratorObjective
-from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, UpConv, from_authors
+from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, OutConv, UpConv, from_authors
 
 torch.set_num_threads(1)
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -231,13 +231,22 @@ def slow_decode(cae: CAE, class_code: Tensor, individual_code: Tensor) -> Tensor
             x = slow_layer_norm(layer, x)
         elif isinstance(layer, UpConv):
             x = slow_up(layer, x)
+        elif isinstance(layer, OutConv):
+            x = slow_conv(layer, x)
         else:
             x = layer(x)
+    if decoder.detail is not None:
+        x = x + F.pixel_shuffle(decoder.detail(individual_code), 4)
     return x.tanh()
 
 
-def test_decode_is_its_slow_definition() -> None:
-    cae = tiny()
+def slow_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(F.pad(x, (layer.weight.shape[-1] // 2,) * 4, "reflect"), layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_decode_is_its_slow_definition(detail: bool) -> None:
+    cae = tiny(detail=detail)
     for p in cae.parameters():
         nn.init.normal_(p, std=0.3)
     c, s = cae.encode(images(3))
@@ -251,10 +260,51 @@ def test_phases_are_the_upsampling_and_its_convolution(height: int, width: int) 
     x = torch.randn(2, 6, height, width, dtype=torch.double, requires_grad=True)
     fast, slow = layer(x), slow_up(layer, x)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
-    into, weight = [x, *layer.parameters()], torch.randn_like(fast)
+    assert_same_gradients(fast, slow, [x, *layer.parameters()])
+
+
+def assert_same_gradients(fast: Tensor, slow: Tensor, into: list[Tensor]) -> None:
+    weight = torch.randn_like(fast)
     for got, expected in zip(torch.autograd.grad(fast, into, weight), torch.autograd.grad(slow, into, weight),
                              strict=True):  # fmt: skip
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("c_out", "kernel"), [(3, 7), (1, 3)])
+def test_last_convolution_by_phases_is_the_convolution(c_out: int, kernel: int) -> None:
+    torch.manual_seed(0)
+    layer = OutConv(5, c_out, kernel).double()
+    nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    x = torch.randn(2, 5, 8, 12, dtype=torch.double, requires_grad=True)
+    fast, slow = layer(x), slow_conv(layer, x)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    assert_same_gradients(fast, slow, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_layer_norm_and_its_gradient_are_their_slow_definitions(order: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    norm = LayerNorm(5).double()
+    nn.init.normal_(norm.scale), nn.init.normal_(norm.shift)
+    x = (3 + torch.randn(4, 5, 6, 7, dtype=torch.double)).contiguous(memory_format=order).requires_grad_()
+    fast, slow = norm(x), slow_layer_norm(norm, x)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    assert fast.is_contiguous(memory_format=order)
+    assert_same_gradients(fast, slow, [x, *norm.parameters()])
+
+
+def test_detail_is_the_same_whatever_the_class_code() -> None:
+    cae = tiny(detail=True)
+    c, s = cae.encode(images(2))
+    assert cae.decoder.detail is not None and not cae.decoder.detail.weight.any()  # learned from nothing
+    nn.init.normal_(cae.decoder.detail.weight, std=0.01)
+    without = tiny(detail=False).double()
+    without.load_state_dict(cae.state_dict(), strict=False)
+    cae, c, s = cae.double(), c.double(), s.double()
+    for code in (c, c.flip(0)):
+        added = cae.decode(code, s).atanh() - without.decode(code, s).atanh()
+        expected = F.pixel_shuffle(cae.decoder.detail(s), 4).expand(-1, 3, -1, -1)  # type: ignore[misc]
+        torch.testing.assert_close(added, expected, rtol=0, atol=1e-6)
 
 
 def test_individual_code_forgets_brightness_and_the_class_code_does_not() -> None:

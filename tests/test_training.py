@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cae import checkpoint, training
 from cae.config import ClassHead, LossWeights, ModelConfig, TrainConfig
-from cae.images import to_tensor
+from cae.images import to_array, to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, WIDE, Discriminator
 from cae.training import Trainer, disturb, draw_pairs, warm_up
@@ -350,7 +351,10 @@ def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None
         np.random.default_rng(0).integers(0, 90, (100, 32, 32, 3), dtype=np.uint8)
         + 120 * y.astype(np.uint8)[:, None, None, None]
     )
-    assert warm_up(cae, discriminator, images, y, 60, seed=0) < 0.2  # nats; knowing nothing costs 0.69
+    told: list[tuple[str, int, int]] = []
+    learned = warm_up(cae, discriminator, images, y, replace(TRAIN, warm_up=60), 0, lambda *words: told.append(words))
+    assert learned["class"] < 0.2 and math.isnan(learned["recon_x"])  # nats; knowing nothing costs 0.69
+    assert told == [("class", step, 60) for step in range(1, 61)]
     x = to_tensor(images)
     with torch.no_grad():
         assert (discriminator(x)[:, 2:].argmax(1).numpy() == y).all()
@@ -358,6 +362,24 @@ def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None
     gap = np.linalg.norm(codes[y == 0].mean(0) - codes[y == 1].mean(0))
     assert gap > 3 * np.linalg.norm(codes[y == 0].std(0))
     for part, old in zip((p for m in (cae.individual_encoder, cae.decoder) for p in m.parameters()), rest, strict=True):
+        assert torch.equal(part, old)
+
+
+def test_reconstruction_warm_up_teaches_images_and_leaves_the_rest() -> None:
+    torch.manual_seed(0)
+    cae, discriminator = CAE(replace(TINY, detail=True)), Discriminator(TINY, 2)
+    rest = [p.detach().clone() for part in (cae.class_encoder, discriminator) for p in part.parameters()]
+    x, y = toy_batch(0, 32)
+    images = to_array(x)
+    with torch.no_grad():
+        before = float((cae(x) - x).abs().mean())
+    config = replace(TRAIN, recon_warm_up=80)
+    learned = warm_up(cae, discriminator, images, y.numpy(), config, 0)
+    with torch.no_grad():
+        after = float((cae(x) - x).abs().mean())
+    assert math.isnan(learned["class"]) and learned["recon_x"] == pytest.approx(after, rel=0.3)
+    assert after < 0.1 < 0.3 < before
+    for part, old in zip((p for m in (cae.class_encoder, discriminator) for p in m.parameters()), rest, strict=True):
         assert torch.equal(part, old)
 
 
