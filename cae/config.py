@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ClassHead = Literal["auto", "learned", "distilled", "blackbox"]
+ClassHead = Literal["auto", "learned", "distilled", "blackbox", "both"]
 Preset = Literal["paper", "standard", "quick"]
 
 
@@ -116,8 +116,9 @@ class TrainConfig:
     """Steps of 16 images after those, on which the individual encoder and the decoder learn to give images back
     (Eq. 1 alone; an image costs a sixth of one in a pair): 0 as the authors."""
     class_head: ClassHead = "learned"
-    """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, or `blackbox`: b itself, which
-    must have a gradient. `auto`: `blackbox`, or `distilled` where b has none."""
+    """The D_c of Eq. 6: `learned` on images, `distilled` from b on images and swaps, `blackbox`: b itself, which must
+    have a gradient, or `both`: b and the learned one, so that swaps change what any classifier would see and not b's
+    blind spots. `auto`: `both`, or `distilled` where b has no gradient."""
 
 
 @dataclass(frozen=True)

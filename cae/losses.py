@@ -19,6 +19,7 @@ from cae.config import ClassHead, LossWeights
 from cae.networks import CAE, Discriminator
 
 Terms = dict[str, Tensor]
+GRADIENT: tuple[ClassHead, ...] = ("blackbox", "both")  # class heads that descend through the black box
 
 
 def partner(x: Tensor) -> Tensor:
@@ -79,15 +80,18 @@ class GeneratorObjective(nn.Module):
 
     Among the terms, "code_scale" is no loss: the standard deviation of the batch's class codes, mean over numbers.
 
-    `critics` are the frozen other players, the discriminator and, for class head `blackbox`, the classifier. They
+    Eq. 6 asks D_c, or `blackbox` instead, where it is given, or the two (`both`): then "cla1" is the sum of both terms.
+
+    `critics` are the frozen other players, the discriminator and, for class heads with it, the classifier. They
     are arguments of forward's closure, not submodules, so that DDP does not take them for this player's parameters.
     """
 
     def __init__(self, cae: CAE, discriminator: Discriminator, weights: LossWeights,
-                 blackbox: nn.Module | None = None) -> None:  # fmt: skip
+                 blackbox: nn.Module | None = None, both: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.cae = cae
         self.weights = weights
+        self.both = both
         self._critics: Callable[[], tuple[Discriminator, nn.Module | None]] = lambda: (discriminator, blackbox)
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Terms, Tensor]:
@@ -110,6 +114,8 @@ class GeneratorObjective(nn.Module):
             "adv1": adv1(logits[:n]),
             "cla1": cla1(class_logits[:n], partner(y)),
         }
+        if self.both:
+            terms["cla1"] = terms["cla1"] + cla1(logits[:n, 2:], partner(y))
         if w.keep:
             terms["keep"] = keep(class_logits[n:], y)
         terms["loss_g"] = 2 * torch.stack([getattr(w, name) * term for name, term in terms.items()]).sum()
@@ -144,13 +150,14 @@ class DiscriminatorObjective(nn.Module):
 def choose_class_head(class_head: ClassHead, differentiable: bool) -> ClassHead:
     """The class head that `auto` stands for, for a classifier with a gradient or without; any other as it is.
 
-    Raises ValueError for `blackbox` without a gradient.
+    Raises ValueError for `blackbox` and `both` without a gradient.
     """
     if class_head == "auto":
-        return "blackbox" if differentiable else "distilled"
-    if class_head == "blackbox" and not differentiable:
+        return "both" if differentiable else "distilled"
+    if class_head in GRADIENT and not differentiable:
         raise ValueError(
-            "--class-head blackbox needs the classifier's gradient, and this one gives outputs only: choose distilled"
+            f"--class-head {class_head} needs the classifier's gradient, and this one gives outputs only: "
+            "choose distilled"
         )
     return class_head
 

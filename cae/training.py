@@ -20,7 +20,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cae.checkpoint import read_model, save_model
 from cae.config import LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
-from cae.losses import DiscriminatorObjective, GeneratorObjective, choose_class_head, needs_blackbox, recon_x
+from cae.losses import (
+    GRADIENT,
+    DiscriminatorObjective,
+    GeneratorObjective,
+    choose_class_head,
+    needs_blackbox,
+    recon_x,
+)
 from cae.networks import CAE, Discriminator, prepare
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -90,8 +97,10 @@ class Trainer:
         self.config = config
         self.blackbox = blackbox if needs_blackbox(config.class_head) else None
         self.bf16 = bf16
-        judge = self.blackbox if config.class_head == "blackbox" else None
-        self.generator_objective = wrap(GeneratorObjective(cae, discriminator, weights, judge))
+        judge = self.blackbox if config.class_head in GRADIENT else None
+        self.generator_objective = wrap(
+            GeneratorObjective(cae, discriminator, weights, judge, both=config.class_head == "both")
+        )
         self.discriminator_objective = wrap(DiscriminatorObjective(discriminator, weights))
         generator = [
             {"params": list(part.parameters()), "lr": rate}

@@ -31,7 +31,7 @@ from pipelines.run import Run, UserError
 from pipelines.train import TrainOptions, fit
 
 WEIGHTS = ("recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "adv2", "cla2")  # lambda 1-6, phi 1-2
-HEADS = ["learned", "distilled", "blackbox"]
+HEADS = ["learned", "distilled", "blackbox", "both"]
 WANTED = ("believed", "aopc", "likeness")  # the factors of the score
 MEASURES = ("score", *WANTED, "swap_success", "oracle_success", "keeps_class", "reconstruction_error")
 # ASHA compares a trial after this share of its pairs, and after two and four times that, with those that came so far:

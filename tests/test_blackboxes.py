@@ -589,13 +589,15 @@ def test_the_class_head_falls_back_without_a_gradient_and_says_so_if_it_was_aske
         config = replace(PRESETS["quick"].train, class_head=class_head)
         return Trainer(CAE(model), Discriminator(model, 3), config, LossWeights(), 10, blackbox)
 
-    assert trainer("auto").config.class_head == "blackbox"
+    assert trainer("auto").config.class_head == "both"
     blackbox.differentiable = False
     assert trainer("auto").config.class_head == "distilled"
     terms = trainer("auto").step(images(4), torch.tensor([0, 1, 1, 2]))
     assert "distil" in terms
-    with pytest.raises(ValueError, match=r"^--class-head blackbox needs the classifier's gradient.*choose distilled$"):
-        trainer("blackbox")
+    for head in ("blackbox", "both"):
+        refused = rf"^--class-head {head} needs the classifier's gradient.*choose distilled$"
+        with pytest.raises(ValueError, match=refused):
+            trainer(head)
 
 
 # --- The pipeline, as a user runs it ----------------------------------------------------------------------------------

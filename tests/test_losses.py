@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cae import losses
-from cae.config import LossWeights, ModelConfig
+from cae.config import ClassHead, LossWeights, ModelConfig
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, Discriminator
 
@@ -252,8 +252,13 @@ def test_blackbox_takes_the_black_box_for_the_class_head() -> None:
     slow = sum(slow_log_share(blackbox(swap)[i], wanted[i]) for i in range(6)) / 6
     assert terms["cla1"].item() == pytest.approx(slow)
     assert terms["cla1"].item() != pytest.approx(learned["cla1"].item(), rel=1e-3)
+    both, _ = GeneratorObjective(cae, discriminator, WEIGHTS, blackbox, both=True)(x, Y)
+    assert both["cla1"].item() == pytest.approx(slow + learned["cla1"].item())
     for name in ("recon_x", "recon_c", "recon_s", "cyc_x", "adv1"):
-        assert terms[name].item() == pytest.approx(learned[name].item(), rel=1e-12)
+        for other in (terms, both):
+            assert other[name].item() == pytest.approx(learned[name].item(), rel=1e-12)
+    added = both["loss_g"] - terms["loss_g"]
+    assert added.item() == pytest.approx(2 * WEIGHTS.cla1 * learned["cla1"].item())
 
     # The class head of the discriminator is out of it; the black box passes the gradient on.
     terms["cla1"].backward()
@@ -274,4 +279,5 @@ def test_an_objective_can_be_copied() -> None:
 
 
 def test_only_learned_does_without_the_black_box() -> None:
-    assert [losses.needs_blackbox(head) for head in ("learned", "distilled", "blackbox")] == [False, True, True]
+    heads: list[ClassHead] = ["learned", "distilled", "blackbox", "both"]
+    assert [losses.needs_blackbox(head) for head in heads] == [False, True, True, True]

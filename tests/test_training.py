@@ -131,7 +131,7 @@ def test_one_class_makes_no_pairs() -> None:
 # --- the trainer
 
 
-@pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox"])
+@pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox", "both"])
 def test_a_toy_is_learned(class_head: Any) -> None:
     trainer = make_trainer(replace(TRAIN, lr=4e-3, class_head=class_head))
     history = [{name: float(term) for name, term in trainer.step(*toy_batch(i, pairs=2)).items()} for i in range(40)]
@@ -298,7 +298,7 @@ def test_two_workers_end_with_the_parameters_of_one(tmp_path: Path, monkeypatch:
 # --- what GPUs do, as far as a CPU can show it
 
 
-@pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox"])
+@pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox", "both"])
 def test_bf16_takes_the_same_step_up_to_its_precision(class_head: ClassHead) -> None:
     config = replace(TRAIN, class_head=class_head)
     full, half = make_trainer(config), make_trainer(config, bf16=True)

@@ -43,7 +43,7 @@ def test_every_weight_of_the_paper_is_searched_evenly_in_its_logarithm_round_the
     more = tune._space(replace(options, also=("lr", "class_head"), span=9.0))
     assert set(more) == LAMBDA_AND_PHI | {"lr", "class_head"}
     assert (more["lr"].lower, more["lr"].upper) == pytest.approx((options.train.lr / 3, options.train.lr * 3))
-    assert set(more["class_head"].categories) == {"learned", "distilled", "blackbox"}
+    assert set(more["class_head"].categories) == {"learned", "distilled", "blackbox", "both"}
 
 
 def test_a_trial_is_a_training_of_its_own_weights_and_few_pairs() -> None:

@@ -1,0 +1,63 @@
+"""What benchmarks share that train a CAE in their own process: on the images and predictions of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from cae import classifiers, training
+from cae.classifiers import BlackBox
+from cae.config import PresetConfig
+from cae.images import to_tensor
+from cae.networks import CAE, Discriminator
+from pipelines.bulk import read_images, read_table
+from pipelines.cluster import place
+from pipelines.run import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Images uint8 (N, S, S, 3) of one split, and the classes (N,) that the run's classifier gives them."""
+
+    images: np.ndarray
+    y: np.ndarray
+
+
+def data(run: Run, split: str, size: int) -> Data:
+    """A split of a run, whole."""
+    table = read_table(run, "predictions", ["id", "split", "predicted"]).to_pandas()
+    of_split = table[table.split == split]
+    fit = run.state["options"].get("fit", "crop")
+    return Data(read_images(run, of_split.id.to_numpy(), size, fit), of_split.predicted.to_numpy(np.int64))
+
+
+def blackbox_of(run: Run) -> BlackBox:
+    """The run's classifier."""
+    chosen = run.result("classify")
+    return place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")
+
+
+def training_of(run: Run, known: Data, config: PresetConfig, seed: int) -> Iterator[training.Trainer]:
+    """Train as stage train does, in one process: the trainer, once after the warm-up and then after every step."""
+    blackbox = blackbox_of(run)
+    model = config.model
+    if model.channels == 0:
+        model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
+    torch.manual_seed(seed)
+    cae, discriminator = place(CAE(model), "cpu"), place(Discriminator(model, len(blackbox.classes)), "cpu")
+    pairs = training.draw_pairs(known.y, config.train, seed)
+    training.warm_up(cae, discriminator, known.images, known.y, config.train, seed)
+    batch = config.train.batch
+    steps = len(pairs.index) // batch
+    trainer = training.Trainer(cae, discriminator, config.train, config.weights, steps, blackbox)
+    yield trainer
+    for step in range(steps):
+        rows = slice(step * batch, (step + 1) * batch)
+        index, mirrored = pairs.index[rows].T.reshape(-1), pairs.flip[rows].T.reshape(-1)
+        chunk = known.images[index]
+        chunk[mirrored] = chunk[mirrored, :, ::-1]
+        trainer.step(to_tensor(chunk), torch.tensor(known.y[index]))
+        yield trainer
