@@ -78,8 +78,8 @@ class LossWeights:
     cla2: float = 2.0
     """phi2: the discriminator names the class of images, Eq. 9."""
     keep: float = 0.0
-    """Beyond the paper: D_c gives the reconstruction and the cycle of Eq. 4 the image's own class. Without it a short
-    training on two classes may learn to invert the class whatever the code."""
+    """Beyond the paper: D_c (of class heads with b: b) gives the reconstruction the image's own class. Without it a
+    short training on two classes may learn to invert the class whatever the code."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ PRESETS: dict[Preset, PresetConfig] = {
     "standard": PresetConfig(
         ModelConfig(
             image_size=128, channels=0, stem="unshuffle", class_encoder="residual", width=128, blocks=3,
-            upsample="bilinear", up_kernel=3, out_kernel=3, dropout=0.0, disc_init="kaiming",
+            upsample="bilinear", up_kernel=3, out_kernel=3, detail=True, dropout=0.0, disc_init="kaiming",
         ),
         TrainConfig(
             pairs=100_000, epochs=20.0, batch=8, lr=5e-4, disc_lr=1e-4, class_lr=2e-5, lr_halvings=4, ema=0.999,
-            warm_up=2000, class_head="auto",
+            warm_up=2000, recon_warm_up=1000, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", epochs=10),
         LossWeights(recon_x=20.0, keep=1.0),
@@ -169,12 +169,12 @@ PRESETS: dict[Preset, PresetConfig] = {
     "quick": PresetConfig(
         ModelConfig(
             image_size=64, channels=0, stem="unshuffle", class_encoder="residual", width=64, blocks=2, mlp_width=128,
-            upsample="bilinear", up_kernel=3, out_kernel=3, disc_width=32, disc_blocks=1, dropout=0.0,
+            upsample="bilinear", up_kernel=3, out_kernel=3, detail=True, disc_width=32, disc_blocks=1, dropout=0.0,
             disc_init="kaiming",
         ),
         TrainConfig(
             pairs=20_000, epochs=3.0, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-5, lr_halvings=3, ema=0.995,
-            warm_up=1200, class_head="auto",
+            warm_up=1200, recon_warm_up=600, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
         LossWeights(recon_x=20.0, keep=1.0),

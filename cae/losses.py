@@ -71,8 +71,8 @@ def cla2(class_logits_of_image: Tensor, y: Tensor) -> Tensor:
 
 
 def keep(class_logits: Tensor, y: Tensor) -> Tensor:
-    """Beyond the paper: D_c gives reconstructions and cycles, (4B, C) in this order, the class y (2B,) of the image."""
-    return F.cross_entropy(class_logits, torch.cat([y, y]))
+    """Beyond the paper: D_c gives reconstructions (2B, C) the class y (2B,) of the image."""
+    return F.cross_entropy(class_logits, y)
 
 
 class GeneratorObjective(nn.Module):
@@ -102,8 +102,8 @@ class GeneratorObjective(nn.Module):
         reconstruction, swap = decoded.chunk(2)
         c_swap, s_swap = self.cae.encode(swap)
         there_and_back = self.cae.decode(c, s_swap)
-        judged = torch.cat([swap, reconstruction, there_and_back]) if w.keep else swap
-        logits = discriminator(judged if blackbox is None else swap)  # (2B or 6B, 2 + C)
+        judged = torch.cat([swap, reconstruction]) if w.keep else swap
+        logits = discriminator(judged if blackbox is None else swap)  # (2B or 4B, 2 + C)
         class_logits = logits[:, 2:] if blackbox is None else blackbox(judged)
         n = len(x)
         terms = {

@@ -127,8 +127,7 @@ def eq_7(cae: CAE, d: Discriminator, x_a: Tensor, x_b: Tensor, y_a: int, y_b: in
         terms["cyc_x"] = terms["cyc_x"] + l1(cae.decode(c1, there), x1)  # Eq. 4
         terms["adv1"] = terms["adv1"] + share(d(cae.decode(c2, s1))[:, :2], 1)  # Eq. 5
         terms["cla1"] = terms["cla1"] + share(d(cae.decode(c2, s1))[:, 2:], y2)  # Eq. 6
-        kept = [cae.decode(c1, s1), cae.decode(c1, there)]
-        terms["keep"] = terms["keep"] + torch.stack([share(d(image)[:, 2:], y1) for image in kept]).mean()
+        terms["keep"] = terms["keep"] + share(d(cae.decode(c1, s1))[:, 2:], y1)
     generator = [name for name in terms if name not in ("adv2", "cla2")]
     return terms | {"loss_g": torch.stack([getattr(w, name) * terms[name] for name in generator]).sum()}
 
