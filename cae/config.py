@@ -163,7 +163,7 @@ PRESETS: dict[Preset, PresetConfig] = {
             warm_up=2000, recon_warm_up=1000, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", epochs=10),
-        LossWeights(recon_x=20.0, keep=1.0),
+        LossWeights(recon_x=30.0, keep=1.0),
     ),
     # Two CPU cores, minutes.
     "quick": PresetConfig(
@@ -173,10 +173,10 @@ PRESETS: dict[Preset, PresetConfig] = {
             disc_init="kaiming",
         ),
         TrainConfig(
-            pairs=20_000, epochs=3.0, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-5, lr_halvings=3, ema=0.995,
+            pairs=14_000, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-5, lr_halvings=3, ema=0.995,
             warm_up=1200, recon_warm_up=600, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
-        LossWeights(recon_x=20.0, keep=1.0),
+        LossWeights(recon_x=30.0, keep=1.0),
     ),
 }  # fmt: skip

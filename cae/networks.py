@@ -28,11 +28,11 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
     """(B, channels, H, W) -> (B, width, H/4, W/4), with `norm` after each convolution of the authors' stem."""
     if config.stem == "unshuffle":
-        return nn.Sequential(nn.PixelUnshuffle(4), conv(16 * config.channels, config.width, 3), nn.ReLU())
+        return nn.Sequential(nn.PixelUnshuffle(4), conv(16 * config.channels, config.width, 3), nn.ReLU(inplace=True))
     widths = [config.width // 4, config.width // 2, config.width]
-    layers = [conv(config.channels, widths[0], 7), norm(widths[0]), nn.ReLU()]
+    layers = [conv(config.channels, widths[0], 7), norm(widths[0]), nn.ReLU(inplace=True)]
     for c_in, c_out in pairwise(widths):
-        layers += [conv(c_in, c_out, 4, 2), norm(c_out), nn.ReLU()]
+        layers += [conv(c_in, c_out, 4, 2), norm(c_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -86,13 +86,13 @@ class StridedBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride, 1, padding_mode="reflect"), nn.GroupNorm(8, c_out), nn.ReLU(),
+            nn.Conv2d(c_in, c_out, 3, stride, 1, padding_mode="reflect"), nn.GroupNorm(8, c_out), nn.ReLU(inplace=True),
             conv(c_out, c_out, 3), nn.GroupNorm(8, c_out),
         )  # fmt: skip
         self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride), nn.GroupNorm(8, c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.shortcut(x) + self.body(x))
+        return (self.shortcut(x) + self.body(x)).relu_()
 
 
 class ClassEncoder(nn.Module):
@@ -106,7 +106,7 @@ class ClassEncoder(nn.Module):
         super().__init__()
         width = config.width
         if config.class_encoder == "plain":
-            layers = [conv(width, width, 4, 2), nn.ReLU(), conv(width, width, 4, 2), nn.ReLU()]
+            layers = [conv(width, width, 4, 2), nn.ReLU(inplace=True), conv(width, width, 4, 2), nn.ReLU(inplace=True)]
         else:
             layers = [
                 StridedBlock(width, width, 1),
@@ -126,7 +126,7 @@ class IndividualEncoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        blocks = [ResidualBlock(config.width, InstanceNorm, nn.ReLU()) for _ in range(config.blocks)]
+        blocks = [ResidualBlock(config.width, InstanceNorm, nn.ReLU(inplace=True)) for _ in range(config.blocks)]
         self.features = nn.Sequential(stem(config, InstanceNorm), *blocks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class AdaINBlock(nn.Module):
 
     def forward(self, x: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
         """x (B, C, H, W); shifts and scales (B, 2, C), one row per convolution."""
-        y = torch.relu(_adain(self.conv1(x), shifts[:, 0], scales[:, 0]))
+        y = _adain(self.conv1(x), shifts[:, 0], scales[:, 0]).relu_()
         return x + _adain(self.conv2(y), shifts[:, 1], scales[:, 1])
 
 
@@ -269,7 +269,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(AdaINBlock(width) for _ in range(config.blocks))
         ups: list[nn.Module] = []
         for c in (width, width // 2):
-            ups += [UpConv(c, c // 2, config.up_kernel, config.upsample), LayerNorm(c // 2), nn.ReLU()]
+            ups += [UpConv(c, c // 2, config.up_kernel, config.upsample), LayerNorm(c // 2), nn.ReLU(inplace=True)]
         self.up = nn.Sequential(*ups, OutConv(width // 4, config.channels, config.out_kernel))
         self.detail = conv(width, 16 * config.channels, 3) if config.detail else None
 
@@ -324,12 +324,17 @@ class Discriminator(nn.Module):
         widths = [config.disc_width * 2**i for i in range(4)]
         layers: list[nn.Module] = []
         for c_in, c_out in pairwise([config.channels, *widths]):
-            layers += [conv(c_in, c_out, 4, 2), nn.LeakyReLU(0.2)]
-        layers += [ResidualBlock(widths[-1], NoNorm, nn.LeakyReLU(0.2)) for _ in range(config.disc_blocks)]
+            layers += [conv(c_in, c_out, 4, 2), nn.LeakyReLU(0.2, inplace=True)]
+        layers += [
+            ResidualBlock(widths[-1], NoNorm, nn.LeakyReLU(0.2, inplace=True)) for _ in range(config.disc_blocks)
+        ]
         self.features = nn.Sequential(*layers)
         hidden = widths[-1] // 2
         self.head = nn.Sequential(
-            nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(hidden, 2 + classes)
+            nn.Linear(widths[-1], hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(config.dropout),
+            nn.Linear(hidden, 2 + classes),
         )
         self.apply(_normal if config.disc_init == "normal" else _kaiming)
 
