@@ -174,7 +174,7 @@ PRESETS: dict[Preset, PresetConfig] = {
         ),
         TrainConfig(
             pairs=14_000, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-5, lr_halvings=3, ema=0.995,
-            warm_up=1200, recon_warm_up=600, class_head="auto",
+            warm_up=2400, recon_warm_up=600, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
         LossWeights(recon_x=30.0, keep=1.0),
