@@ -29,7 +29,7 @@ from cae.images import to_tensor
 from cae.judgement import draw_donors, judge
 from cae.networks import CAE
 from cae.sanity import cascade
-from pipelines.cluster import place
+from pipelines.cluster import place, prepare_process
 from pipelines.maps import BATCH
 from pipelines.run import Run
 
@@ -65,7 +65,7 @@ def maps(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor
 
 def main(options: Options) -> None:
     """Measure and append to the table, after every training."""
-    torch.set_num_threads(options.threads)
+    prepare_process(options.threads)
     run, config = Run(options.run), PRESETS["quick"]
     size = config.model.image_size
     blackbox = blackbox_of(run)

@@ -24,6 +24,7 @@ from cae.config import PRESETS, Preset
 from cae.images import to_tensor
 from cae.judgement import Judgement, draw_donors, judge
 from cae.training import Trainer
+from pipelines.cluster import prepare_process
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -85,7 +86,7 @@ def look(trainer: Trainer, preset: Preset, minutes: float, options: Options, fou
 
 def main(options: Options) -> None:
     """Train, append to the table, draw all that it holds."""
-    torch.set_num_threads(options.threads)
+    prepare_process(options.threads)
     for preset in options.presets:
         append(TABLE, train(options, preset))
     with TABLE.open() as file:

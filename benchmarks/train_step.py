@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cae.config import PRESETS, LossWeights
 from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, UpConv
 from cae.training import Trainer
-from pipelines.cluster import place
+from pipelines.cluster import place, prepare_process
 
 TABLE = Path(__file__).with_suffix(".csv")
 
@@ -245,7 +245,7 @@ def same_numbers(size: int) -> float:
 
 def main(options: Options) -> None:
     """Measure and append to the table."""
-    torch.set_num_threads(options.threads)
+    prepare_process(options.threads)
     rows = []
     print(f"the gradients of the two steps differ by {same_numbers(32):.1e} at most", flush=True)
     for size in options.sizes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from cae.networks import memory_format
 from pipelines import tracking
 from pipelines.run import Run, RunOptions, UserError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 START_MINUTES = 15  # that a cluster on demand gets to start its machines
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
@@ -142,10 +145,21 @@ def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, An
     return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
+def prepare_process(threads: int) -> None:
+    """Called first in every process that computes: its CPU threads, and memory that is kept once it is there."""
+    torch.set_num_threads(threads)
+    # glibc hands blocks from 32 MB on back to the system as soon as they are free; taking the same ones anew at every
+    # step costs a step at 128 pixels a fifth of its time in page faults (benchmarks/README.md).
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 2**31 - 1)
+
+
 def enter_loop(threads: int) -> tuple[int, int, torch.device]:
     """Called first in a training loop: this worker's rank, the number of workers, and its device."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint
-    torch.set_num_threads(threads)
+    prepare_process(threads)
     context = ray.train.get_context()
     return context.get_world_rank(), context.get_world_size(), get_device()
 
