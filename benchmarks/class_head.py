@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from here import blackbox_of, data, training_of
+from here import blackbox_of, data, training_of, warmed
 from methods import alikeness
 from record import append, machine
 from torch import Tensor
@@ -72,10 +72,11 @@ def main(options: Options) -> None:
     oracle = place(classifiers.load(options.oracle, blackbox.classes), "cpu")
     known, splits = data(run, "train", size), {split: data(run, split, size) for split in ("val", "test")}
     *_, (_, random) = cascade(blackbox, options.seed)
+    networks = warmed(run, known, config, options.seed)  # the same for all
     for head in options.heads:
         train = replace(config.train, class_head=head, pairs=options.pairs, epochs=0.0)
         begun = time.process_time()
-        *_, trainer = training_of(run, known, replace(config, train=train), options.seed)
+        *_, trainer = training_of(run, known, replace(config, train=train), options.seed, networks)
         minutes = (time.process_time() - begun) / 60
         for split, part in splits.items():
             if not len(part.y):

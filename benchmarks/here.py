@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -40,24 +41,35 @@ def blackbox_of(run: Run) -> BlackBox:
     return place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")
 
 
-def training_of(run: Run, known: Data, config: PresetConfig, seed: int) -> Iterator[training.Trainer]:
-    """Train as stage train does, in one process: the trainer, once after the warm-up and then after every step."""
-    blackbox = blackbox_of(run)
+def warmed(run: Run, known: Data, config: PresetConfig, seed: int) -> tuple[CAE, Discriminator]:
+    """Networks after the warm-up."""
+    classes = run.result("classify")["classes"]
     model = config.model
     if model.channels == 0:
         model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
     torch.manual_seed(seed)
-    cae, discriminator = place(CAE(model), "cpu"), place(Discriminator(model, len(blackbox.classes)), "cpu")
-    pairs = training.draw_pairs(known.y, config.train, seed)
+    cae, discriminator = place(CAE(model), "cpu"), place(Discriminator(model, len(classes)), "cpu")
     training.warm_up(cae, discriminator, known.images, known.y, config.train, seed)
+    return cae, discriminator
+
+
+def training_of(run: Run, known: Data, config: PresetConfig, seed: int,
+                networks: tuple[CAE, Discriminator] | None = None) -> Iterator[training.Trainer]:  # fmt: skip
+    """Train as stage train does, in one process: the trainer, once after the warm-up and then after every step.
+
+    `networks`, which have had their warm-up, are copied; without them there is one first.
+    """
+    cae, discriminator = warmed(run, known, config, seed) if networks is None else copy.deepcopy(networks)
+    pairs = training.draw_pairs(known.y, config.train, seed)
     batch = config.train.batch
     steps = len(pairs.index) // batch
-    trainer = training.Trainer(cae, discriminator, config.train, config.weights, steps, blackbox)
+    trainer = training.Trainer(cae, discriminator, config.train, config.weights, steps, blackbox_of(run))
     yield trainer
     for step in range(steps):
         rows = slice(step * batch, (step + 1) * batch)
         index, mirrored = pairs.index[rows].T.reshape(-1), pairs.flip[rows].T.reshape(-1)
         chunk = known.images[index]
         chunk[mirrored] = chunk[mirrored, :, ::-1]
+        torch.manual_seed(seed + step)  # dropout
         trainer.step(to_tensor(chunk), torch.tensor(known.y[index]))
         yield trainer

@@ -3,7 +3,7 @@
 The plain step is METHOD's account of the paper's own training: one pair at a time, every pass by itself, the
 discriminator's turn encoding and decoding anew, borders padded by modules of their own, memory in the usual order.
 Both steps run in turn, `--rounds` times; the table gives the median of each. Also the FLOPs of a pair (counted), the
-share that this is of what 3x3 convolutions reach on this machine, and the peak of the memory.
+share that this is of what 3x3 convolutions reach on this machine, and the memory that a step keeps for its backward.
 
 python benchmarks/train_step.py --sizes 64 128 256
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import datetime
 import os
-import resource
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -207,6 +207,32 @@ def flops(work: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
+def kept(work: Callable[[], object]) -> float:
+    """Bytes of tensors that are kept for backward passes, at most at once in one of them, weights left out."""
+    alive: dict[int, int] = {}
+    most = 0
+
+    class Kept:
+        """A saved tensor; counted until autograd lets it go."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal most
+            self.tensor, self.key = tensor, 0 if tensor.is_leaf else tensor.untyped_storage().data_ptr()
+            counts[self.key] += 1
+            alive[self.key] = tensor.untyped_storage().nbytes() if self.key else 0
+            most = max(most, sum(alive.values()))
+
+        def __del__(self) -> None:
+            counts[self.key] -= 1
+            if counts[self.key] == 0:
+                del alive[self.key]
+
+    counts: Counter[int] = Counter()
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda held: held.tensor):
+        work()
+    return most
+
+
 def peak(size: int, pairs: int) -> float:
     """FLOP/s of a 3x3 convolution at the network's width and size of code, forward and backward."""
     conv = nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
@@ -256,6 +282,7 @@ def main(options: Options) -> None:
             trainer = ours(size, compiled)
             steps[name] = partial(trainer.step, x, y)
         count = {name: flops(steps[name]) / n for name in ("plain", "ours")}
+        memory = {"plain": kept(partial(baseline.steps, x[[0, n]], y[[0, n]])), "ours": kept(steps["ours"])}
         times: dict[str, list[float]] = {name: [] for name in steps}
         peaks = []
         for _ in range(options.rounds + 1):  # the first one warms up
@@ -271,7 +298,7 @@ def main(options: Options) -> None:
                 "ratio": f"{median(times['plain'][1:]) / took:.2f}", "gflop_per_pair": f"{work / 1e9:.0f}",
                 "gflop_per_second": f"{work / took / 1e9:.1f}", "peak_gflop_per_second": f"{best / 1e9:.1f}",
                 "share_of_peak": f"{work / took / best:.2f}",
-                "peak_memory_gb": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}",
+                "memory_gb": f"{memory[name.split(',')[0]] / 1e9:.2f}",
             })  # fmt: skip
             print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
     append(TABLE, rows)
