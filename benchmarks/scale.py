@@ -42,7 +42,8 @@ BARE = Path(__file__).with_name("scale_bare_loop.csv")
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 TINY = [
     "--image-size", "32", "--width", "16", "--blocks", "1", "--disc-width", "8", "--pairs", "200", "--epochs", "0",
-    "--batch", "4", "--warm-up", "50", "--resnet.epochs", "1", "--overlays", "0", "--splits", "train", "val", "test",
+    "--batch", "4", "--warm-up", "50", "--recon-warm-up", "20", "--resnet.epochs", "1",
+    "--overlays", "0", "--splits", "train", "val", "test",
 ]  # fmt: skip
 MEASURED = ("shard", "embed", "explain")
 BARE_IMAGES = 4000  # of the largest run that the bare loop explains
