@@ -16,21 +16,16 @@ from pathlib import Path
 
 import torch
 import tyro
-from here import blackbox_of, data, training_of, warmed
-from methods import alikeness
+from here import as_workers_run, blackbox_of, data, training_of, warmed
+from methods import alikeness, maps_to
 from record import append, machine
-from torch import Tensor
 
 from cae import classifiers
-from cae.classifiers import BlackBox
 from cae.config import PRESETS, ClassHead
-from cae.explain import explain
 from cae.images import to_tensor
 from cae.judgement import draw_donors, judge
-from cae.networks import CAE
 from cae.sanity import cascade
-from pipelines.cluster import place, prepare_process
-from pipelines.maps import BATCH
+from pipelines.cluster import place
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -57,15 +52,9 @@ class Options:
     """CPU threads."""
 
 
-def maps(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, codes: Tensor) -> Tensor:
-    """Maps (N, H, W) of the default mode towards the class codes (N, D)."""
-    chunks = zip(*(given.split(BATCH) for given in (x, source, target, codes)), strict=True)
-    return torch.cat([explain(cae, blackbox, *chunk).map for chunk in chunks])
-
-
 def main(options: Options) -> None:
     """Measure and append to the table, after every training."""
-    prepare_process(options.threads)
+    torch.set_num_threads(options.threads)
     run, config = Run(options.run), PRESETS["quick"]
     size = config.model.image_size
     blackbox = blackbox_of(run)
@@ -94,12 +83,13 @@ def main(options: Options) -> None:
             few = slice(options.images)
             codes = trainer.best.encode(x[donors[few]])[0].detach()
             given = (x[few], source[few], target[few], codes)
-            own = maps(trainer.best, blackbox, *given)
-            for name, other in (("random", maps(trainer.best, random, *given)), ("other_image", own.roll(1, 0))):
+            own = maps_to(trainer.best, blackbox, *given)
+            for name, other in (("random", maps_to(trainer.best, random, *given)), ("other_image", own.roll(1, 0))):
                 row |= {f"{name}_spearman": alikeness(own, other)["spearman"]}
             append(TABLE, [row])
             print("  ".join(f"{k} {v}" for k, v in row.items() if k not in ("date", "machine")), flush=True)
 
 
 if __name__ == "__main__":
+    as_workers_run()
     main(tyro.cli(Options, description=__doc__))

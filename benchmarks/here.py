@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,8 +17,14 @@ from cae.config import PresetConfig
 from cae.images import to_tensor
 from cae.networks import CAE, Discriminator
 from pipelines.bulk import read_images, read_table
-from pipelines.cluster import place
+from pipelines.cluster import KEEP_MEMORY, place
 from pipelines.run import Run
+
+
+def as_workers_run() -> None:
+    """Start this program anew with the environment that training workers have, unless it has it; called first."""
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,6 @@ python benchmarks/maps.py --run runs/chest_xray-quick --sizes 64 128
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from cae.explain import explain
 from cae.images import to_tensor
 from cae.networks import CAE
 from pipelines.bulk import read_images, read_table
-from pipelines.cluster import place, prepare_process
+from pipelines.cluster import place
 from pipelines.explain import read_counter_codes
 from pipelines.maps import BATCH
 from pipelines.run import Run
@@ -66,7 +65,6 @@ def plain(cae: CAE, blackbox: BlackBox, x: Tensor, counter: Tensor, target: int)
 
 def main(options: Options) -> None:
     """Measure and append to the table."""
-    prepare_process(os.cpu_count() or 1)
     run = Run(options.run)
     chosen = run.result("classify")
     blackbox = place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -60,12 +60,17 @@ def alikeness(a: Tensor, b: Tensor) -> dict[str, object]:
             "ssim": f"{float(structural_similarity(a, b).mean()):.3f}"}  # fmt: skip
 
 
+def maps_to(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, codes: Tensor,
+            mode: Mode | Literal["auto"] = "auto") -> Tensor:  # fmt: skip
+    """The CAE's maps (B, H, W) on the way to class codes (B, D)."""
+    chunks = zip(*(given.split(BATCH) for given in (x, source, target, codes)), strict=True)
+    return torch.cat([explain(cae, blackbox, *chunk, mode=mode).map for chunk in chunks])
+
+
 def _of_cae(
     cae: CAE, counters: dict[int, Tensor], mode: Mode, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor
 ) -> Tensor:
-    codes = torch.stack([counters[label] for label in target.tolist()])
-    chunks = zip(*(given.split(BATCH) for given in (x, source, target, codes)), strict=True)
-    return torch.cat([explain(cae, blackbox, *chunk, mode=mode).map for chunk in chunks])
+    return maps_to(cae, blackbox, x, source, target, torch.stack([counters[label] for label in target.tolist()]), mode)
 
 
 def _of_peer(peer: Peer, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from here import blackbox_of, data, training_of
+from here import as_workers_run, blackbox_of, data, training_of
 from matplotlib.figure import Figure
 from record import append, machine
 
@@ -24,7 +24,6 @@ from cae.config import PRESETS, Preset
 from cae.images import to_tensor
 from cae.judgement import Judgement, draw_donors, judge
 from cae.training import Trainer
-from pipelines.cluster import prepare_process
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -61,8 +60,9 @@ def train(options: Options, preset: Preset) -> list[dict[str, object]]:
     trainer = None
     for trainer in training_of(run, known, replace(config, model=replace(config.model, image_size=size)), options.seed):
         now = spent + time.process_time() - begun
-        while left and now >= 60 * left[0]:
-            rows.append(look(trainer, preset, left.pop(0), options, judge(trainer.best, blackbox, x, target, others)))
+        if now >= 60 * left[0]:
+            rows.append(look(trainer, preset, now / 60, options, judge(trainer.best, blackbox, x, target, others)))
+            left = [minutes for minutes in left if now < 60 * minutes]  # a warm-up may pass several
             spent, begun = now, time.process_time()
         if not left:
             return rows
@@ -75,8 +75,9 @@ def train(options: Options, preset: Preset) -> list[dict[str, object]]:
 def look(trainer: Trainer, preset: Preset, minutes: float, options: Options, found: Judgement) -> dict[str, object]:
     """A row of the table."""
     row = {
-        "date": datetime.date.today().isoformat(), "machine": machine(), "preset": preset, "seed": options.seed,
-        "minutes": minutes, "pairs": trainer.step_count * trainer.config.batch,
+        "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+        "size": options.image_size, "preset": preset, "seed": options.seed, "minutes": f"{minutes:.1f}",
+        "pairs": trainer.step_count * trainer.config.batch,
         "swap_success": f"{found.measures['swap_success']:.3f}", "keeps_class": f"{found.measures['keeps_class']:.3f}",
         "reconstruction_error": f"{found.measures['reconstruction_error']:.3f}",
     }  # fmt: skip
@@ -85,12 +86,13 @@ def look(trainer: Trainer, preset: Preset, minutes: float, options: Options, fou
 
 
 def main(options: Options) -> None:
-    """Train, append to the table, draw all that it holds."""
-    prepare_process(options.threads)
+    """Train, append to the table, draw what it holds of this run, size and seed."""
+    torch.set_num_threads(options.threads)
     for preset in options.presets:
         append(TABLE, train(options, preset))
     with TABLE.open() as file:
-        rows = list(csv.DictReader(file))
+        same = (Path(options.run).name, str(options.image_size), str(options.seed))
+        rows = [row for row in csv.DictReader(file) if (row["run"], row["size"], row["seed"]) == same]
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     for preset in sorted({row["preset"] for row in rows}, reverse=True):
@@ -103,4 +105,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    as_workers_run()
     main(tyro.cli(Options, description=__doc__))

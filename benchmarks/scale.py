@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import tyro
 from matplotlib.figure import Figure
 from record import append, machine
 
 from pipelines.bulk import shard_units
-from pipelines.cluster import prepare_process
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.maps import ExplainWorker
 from pipelines.run import Run
@@ -86,7 +86,7 @@ def bare_rate(folder: Path) -> float:
     run = Run(str(folder))
     options = ExplainOptions(run=str(folder), overlays=0)
     chosen = run.result("classify")
-    prepare_process(os.cpu_count() or 1)
+    torch.set_num_threads(os.cpu_count() or 1)
     worker = ExplainWorker(run, chosen["spec"], tuple(chosen["classes"]), run.path("cae"), 32, "crop", "cpu",
                            read_ways(run, options), False, path_options(options))  # fmt: skip
     units = [unit | {"overlays": 0} for unit in shard_units(run)]

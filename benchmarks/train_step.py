@@ -23,6 +23,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 import tyro
+from here import as_workers_run
 from record import append, machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cae.config import PRESETS, LossWeights
 from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, UpConv
 from cae.training import Trainer
-from pipelines.cluster import place, prepare_process
+from pipelines.cluster import place
 
 TABLE = Path(__file__).with_suffix(".csv")
 
@@ -271,7 +272,7 @@ def same_numbers(size: int) -> float:
 
 def main(options: Options) -> None:
     """Measure and append to the table."""
-    prepare_process(options.threads)
+    torch.set_num_threads(options.threads)
     rows = []
     print(f"the gradients of the two steps differ by {same_numbers(32):.1e} at most", flush=True)
     for size in options.sizes:
@@ -305,4 +306,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    as_workers_run()
     main(tyro.cli(Options, description=__doc__))

@@ -45,7 +45,7 @@ class ModelConfig:
     """Kernel of the decoder's last convolution."""
     detail: bool = False
     """Beyond the paper: the individual code also reaches the pixels directly, by one convolution past AdaIN. Fine
-    structure comes back sooner, and is the same whatever the class code, so that it cannot be what fools b."""
+    structure comes back sooner, and what it adds is the same whatever the class code."""
     disc_width: int = 64
     """Channels after the discriminator's first convolution; doubled three times."""
     disc_blocks: int = 2
@@ -78,8 +78,8 @@ class LossWeights:
     cla2: float = 2.0
     """phi2: the discriminator names the class of images, Eq. 9."""
     keep: float = 0.0
-    """Beyond the paper: D_c (of class heads with b: b) gives the reconstruction the image's own class. Without it a
-    short training on two classes may learn to invert the class whatever the code."""
+    """Beyond the paper: D_c (b, for the class heads `blackbox` and `both`) gives the reconstruction the image's own
+    class. Without it a short training on two classes may learn to invert the class whatever the code."""
 
 
 @dataclass(frozen=True)

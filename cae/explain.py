@@ -24,8 +24,10 @@ SEARCH = (8, 4)
 SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "patch": (1, 0)}
 GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
-# Pixels decoded together, which bounds memory whatever the images' size; on a CPU few enough for its caches.
-PIXELS_AT_ONCE = {"cuda": 512 * 64 * 64, "cpu": 64 * 64 * 64}
+# Pixels in one batch, which bounds memory whatever the images' size. Few enough for a CPU's caches where that is what
+# computes; a classifier that only answers (a server, a file with a batch of its own) is asked about more at once.
+PIXELS_AT_ONCE = 512 * 64 * 64
+CPU_PIXELS_AT_ONCE = 64 * 64 * 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     refine = needed[1] if refine is None else refine
     batch, size = len(x), x.shape[-2:]
     rows = torch.arange(batch, device=x.device)
-    at_once = max(1, PIXELS_AT_ONCE.get(x.device.type, PIXELS_AT_ONCE["cuda"]) // size.numel())
+    cached = x.device.type == "cpu" and blackbox.differentiable
+    at_once = max(1, (CPU_PIXELS_AT_ONCE if cached else PIXELS_AT_ONCE) // size.numel())
 
     def look(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (n, 3, H, W) of some images (n,) at shares t (n,) of the way, and b's probabilities (n, C)."""

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cae.config import PRESETS, ModelConfig
 
 WIDE = 128  # channels of the individual code
+TINY_STD = 1e-12  # below it a feature map is constant
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -173,21 +175,25 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         n, total = x[0].numel(), torch.promote_types(x.dtype, torch.float32)
         mean = x.mean((1, 2, 3), dtype=total)  # (B,)
-        # By the sum of squares; what cancels is far below float32 for features.
-        square = torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=total) ** 2
+        # By the sum of squares; what cancels is far below float32 for features. In two stages, the first along what
+        # lies side by side: torch adds the numbers of a norm one by one, and a million of them lose digits.
+        inner = (2, 3) if x.is_contiguous() else 1
+        square = torch.linalg.vector_norm(x, dim=inner, dtype=total).square().flatten(1).sum(1)
         std = ((square - n * mean * mean) / (n - 1)).clamp(min=torch.finfo(total).tiny).sqrt()
         ctx.save_for_backward(x, scale, mean, std)
         gain = scale / (std + 1e-5)[:, None]  # (B, C)
         return torch.addcmul(_wide(shift - mean[:, None] * gain, x), x, _wide(gain, x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale, mean, std = ctx.saved_tensors
         n, inverse = x[0].numel(), 1 / (std + 1e-5)
         sums = grad.sum((2, 3), dtype=mean.dtype)  # (B, C)
         products = (grad * x).sum((2, 3), dtype=mean.dtype) - sums * mean[:, None]  # with x - mean
-        by_std = inverse**2 / (std * (n - 1)) * (products @ scale)  # (B,)
-        offset = mean * by_std - inverse * (sums @ scale) / n
+        by_std = inverse**2 / (std * (n - 1)) * (products * scale).sum(1)  # (B,)
+        by_std = torch.where(std > TINY_STD, by_std, 0)  # none through a deviation that is all rounding
+        offset = mean * by_std - inverse * (sums * scale).sum(1) / n
         grad_x = torch.addcmul(_wide(offset[:, None], x), x, _wide(-by_std[:, None], x))
         grad_x.addcmul_(grad, _wide(inverse[:, None] * scale, x))
         return grad_x, (products * inverse[:, None]).sum(0), sums.sum(0)

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import torch
 
 from cae.images import Fit, UnreadableImage, decode
-from pipelines.cluster import cores, gpus_of, prepare_process, threads_for
+from pipelines.cluster import cores, gpus_of, threads_for
 from pipelines.run import Run, RunOptions, UserError
 
 Unit = dict[str, Any]
@@ -35,7 +36,7 @@ class _Task:
     """One worker of a bulk stage, in an actor: does units and writes their parts."""
 
     def __init__(self, worker: type, arguments: dict[str, Any], folder: str, out: str, threads: int) -> None:
-        prepare_process(threads)
+        torch.set_num_threads(threads)
         self.run = Run(folder)
         self.out = out
         self.worker: Worker = worker(self.run, **arguments)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import platform
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +22,9 @@ from cae.networks import memory_format
 from pipelines import tracking
 from pipelines.run import Run, RunOptions, UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+# Of glibc, for processes that train: freed memory is kept. Blocks of many megabytes are else given back to the system
+# and taken anew at every step, page by page (benchmarks/README.md).
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 START_MINUTES = 15  # that a cluster on demand gets to start its machines
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
@@ -139,27 +139,17 @@ def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, An
             callbacks=list(callbacks),
             failure_config=FailureConfig(max_failures=retries),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": KEEP_MEMORY},
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
     )
     return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
-def prepare_process(threads: int) -> None:
-    """Called first in every process that computes: its CPU threads, and memory that is kept once it is there."""
-    torch.set_num_threads(threads)
-    # glibc hands blocks from 32 MB on back to the system as soon as they are free; taking the same ones anew at every
-    # step costs a step at 128 pixels a fifth of its time in page faults (benchmarks/README.md).
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(option, 2**31 - 1)
-
-
 def enter_loop(threads: int) -> tuple[int, int, torch.device]:
     """Called first in a training loop: this worker's rank, the number of workers, and its device."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint
-    prepare_process(threads)
+    torch.set_num_threads(threads)
     context = ray.train.get_context()
     return context.get_world_rank(), context.get_world_size(), get_device()
 

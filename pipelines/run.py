@@ -291,7 +291,8 @@ def _from_dict(cls: type, stored: dict[str, Any], preset: Preset) -> Any:
     values, hints = {}, get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            base = getattr(row, field.name, None) or hints[field.name]()
+            # What a run of an older version does not name is as it was then: off, which is the class's own default.
+            base = (None if field.name in stored else getattr(row, field.name, None)) or hints[field.name]()
             # JSON has no tuples.
             kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.get(field.name, {}).items()}
             values[field.name] = dataclasses.replace(base, **kept)

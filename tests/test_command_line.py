@@ -108,6 +108,11 @@ def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path
     again = runs.parse(full.FullOptions, ["--run", folder, "--batch", "4"])
     assert (again.train.pairs, again.train.batch, again.splits, again.dataset) == (77, 4, ("val",), "synthetic")
     assert again.threads == 0  # how a call is run is its own affair
+    # A run of a version that did not know an option yet goes on without it, whatever the preset says now.
+    del run.state["options"]["model"]["detail"], run.state["options"]["train"]["recon_warm_up"]
+    run.save()
+    older = runs.parse(full.FullOptions, ["--run", folder])
+    assert PRESETS["quick"].model.detail and not older.model.detail and older.train.recon_warm_up == 0
     stage = runs.parse(shard.ShardOptions, ["--run", folder])
     assert stage.dataset == "synthetic"
 

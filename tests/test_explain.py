@@ -259,7 +259,7 @@ def test_crooked_batch_equals_one_by_one_and_any_chunk(monkeypatch: pytest.Monke
     for k in range(0, len(x), 5):
         one = slice(k, k + 1)
         assert_same(explain(network, blackbox, x[one], source[one], target[one], codes[one], steps=3), together, k)
-    monkeypatch.setattr(cae.explain, "PIXELS_AT_ONCE", {"cpu": 7 * x.shape[-1] ** 2, "cuda": 1})
+    monkeypatch.setattr(cae.explain, "CPU_PIXELS_AT_ONCE", 7 * x.shape[-1] ** 2)
     chunked = explain(network, blackbox, x, source, target, codes, steps=3)
     for k in range(len(x)):
         assert_same(explain(network, blackbox, x[k : k + 1], source[k : k + 1], target[k : k + 1], codes[k : k + 1],

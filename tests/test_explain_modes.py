@@ -188,9 +188,19 @@ def test_patch_map_against_slow(window: int, monkeypatch: pytest.MonkeyPatch) ->
     # No more images at once than memory is meant for, and the same map.
     asked: list[int] = []
     blackbox.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
-    monkeypatch.setattr(cae.explain, "PIXELS_AT_ONCE", {"cpu": 8 * 20 * 32, "cuda": 1})
+    monkeypatch.setattr(cae.explain, "CPU_PIXELS_AT_ONCE", 8 * 20 * 32)
     chunked = explain(network, blackbox, x, source, target, codes, mode="patch", window=window / 20)
     assert torch.allclose(chunked.map, found.map, atol=1e-9) and max(asked) <= 8
+    # One that only answers, a server say, is asked about as many as memory allows.
+    asked.clear()
+    blackbox.differentiable = False
+    chunked = explain(network, blackbox, x, source, target, codes, mode="patch", window=window / 20)
+    assert torch.allclose(chunked.map, found.map, atol=1e-9) and max(asked) > 8
+    monkeypatch.setattr(cae.explain, "PIXELS_AT_ONCE", 8 * 20 * 32)
+    asked.clear()
+    explain(network, blackbox, x, source, target, codes, mode="patch", window=window / 20)
+    assert max(asked) <= 8
+    blackbox.differentiable = True
     for k in range(2):
         one = slice(k, k + 1)
         assert_same(explain(network, blackbox, x[one], source[one], target[one], codes[one], mode="patch",

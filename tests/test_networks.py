@@ -293,6 +293,22 @@ def test_layer_norm_and_its_gradient_are_their_slow_definitions(order: torch.mem
     assert_same_gradients(fast, slow, [x, *norm.parameters()])
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_layer_norm_of_millions_of_numbers_is_as_exact_as_float32(order: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = (1 + torch.randn(1, 64, 256, 256)).contiguous(memory_format=order)
+    norm = LayerNorm(64)
+    exact = (x.double() - x.double().mean()) / (x.double().std() + 1e-5)
+    assert (norm(x).double() - exact).abs().max() < 5e-6
+
+
+def test_layer_norm_of_a_constant_passes_a_gradient_that_is_no_larger_than_its_division() -> None:
+    x = torch.full((2, 3, 8, 8), 0.7, requires_grad=True)
+    norm = LayerNorm(3)
+    (norm(x) * torch.randn(2, 3, 8, 8)).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() < 10 / 1e-5
+
+
 def test_detail_is_the_same_whatever_the_class_code() -> None:
     cae = tiny(detail=True)
     c, s = cae.encode(images(2))

@@ -216,7 +216,7 @@ def test_a_class_head_that_asks_the_classifier_needs_one(class_head: Any) -> Non
         Trainer(CAE(TINY), Discriminator(TINY, 2), config, LossWeights(), STEPS)
 
 
-@pytest.mark.parametrize("class_head", ["learned", "distilled"])
+@pytest.mark.parametrize("class_head", ["learned", "distilled", "both"])
 def test_going_on_from_a_state_is_as_if_never_stopped(class_head: Any) -> None:
     config = replace(TRAIN, ema=0.9, lr_halvings=3, class_head=class_head)
     whole = make_trainer(config)
@@ -262,15 +262,16 @@ def test_load_says_in_a_line_what_is_missing(tmp_path: Path) -> None:
 # --- two workers
 
 WORLD = 2
-DISTRIBUTED = replace(TRAIN, ema=0.5, class_head="distilled")
+DISTRIBUTED = replace(TRAIN, ema=0.5)
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, class_head: ClassHead) -> None:
     """Three steps on this worker's half of every batch; leaves all parameters in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     # Other first weights on the second worker: wrapping must bring them together.
-    trainer = make_trainer(DISTRIBUTED, seed=rank, double=True, wrap=DistributedDataParallel)
+    config = replace(DISTRIBUTED, class_head=class_head)
+    trainer = make_trainer(config, seed=rank, double=True, wrap=DistributedDataParallel)
     for i in range(3):
         x, y = toy_batch(i)
         mine = torch.cat([torch.arange(4)[rank::WORLD], torch.arange(4, 8)[rank::WORLD]])
@@ -279,15 +280,18 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_workers_end_with_the_parameters_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("class_head", ["distilled", "both"])
+def test_two_workers_end_with_the_parameters_of_one(
+    class_head: ClassHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     # In double precision: Adam would blow up the rounding in gradients that are 0 but for it (biases before a norm).
-    single = make_trainer(DISTRIBUTED, double=True)
+    single = make_trainer(replace(DISTRIBUTED, class_head=class_head), double=True)
     first = parameters(single)
     for i in range(3):
         x, y = toy_batch(i)
         single.step(x.double(), y)
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=WORLD)
+    torch.multiprocessing.spawn(worker, (str(tmp_path), class_head), nprocs=WORLD)
     ends = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for end in ends:
         for ours, theirs in zip(end, parameters(single), strict=True):
@@ -363,6 +367,18 @@ def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None
     assert gap > 3 * np.linalg.norm(codes[y == 0].std(0))
     for part, old in zip((p for m in (cae.individual_encoder, cae.decoder) for p in m.parameters()), rest, strict=True):
         assert torch.equal(part, old)
+
+
+def test_warm_up_mirrors_as_often_as_pairs_are() -> None:
+    shades = np.linspace(0, 255, 32).astype(np.uint8)[None, None, :, None]
+    images, y = np.broadcast_to(shades, (8, 32, 32, 3)).copy(), np.repeat([0, 1], 4)
+    for flip, rising in ((0.0, 1.0), (1.0, 0.0), (0.5, 0.5)):
+        torch.manual_seed(0)
+        cae, seen = CAE(TINY), []
+        cae.individual_encoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        warm_up(cae, Discriminator(TINY, 2), images, y, replace(TRAIN, flip=flip, recon_warm_up=6), 0)
+        x = torch.cat(seen)
+        assert ((x[:, 0, 0, -1] > x[:, 0, 0, 0]).float().mean() - rising).abs() < 0.15
 
 
 def test_reconstruction_warm_up_teaches_images_and_leaves_the_rest() -> None:
