@@ -74,10 +74,7 @@ def training_of(run: Run, known: Data, config: PresetConfig, seed: int,
     trainer = training.Trainer(cae, discriminator, config.train, config.weights, steps, blackbox_of(run))
     yield trainer
     for step in range(steps):
-        rows = slice(step * batch, (step + 1) * batch)
-        index, mirrored = pairs.index[rows].T.reshape(-1), pairs.flip[rows].T.reshape(-1)
-        chunk = known.images[index]
-        chunk[mirrored] = chunk[mirrored, :, ::-1]
+        images, members = pairs.batch(known.images, slice(step * batch, (step + 1) * batch))
         torch.manual_seed(seed + step)  # dropout
-        trainer.step(to_tensor(chunk), torch.tensor(known.y[index]))
+        trainer.step(to_tensor(images), torch.tensor(known.y[members]))
         yield trainer

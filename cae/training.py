@@ -42,6 +42,20 @@ class Pairs:
     flip: np.ndarray
     """(P, 2) whether to mirror each image."""
 
+    def batch(self, images: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The images of some pairs, mirrored or not, and their positions: (2B, S, S, 3) and (2B,), first members first.
+
+        `images` (N, S, S, 3) are those that `index` points to.
+        """
+        members, mirrored = self.index[rows].T.reshape(-1), self.flip[rows].T.reshape(-1)
+        return mirror(images[members], mirrored), members
+
+
+def mirror(images: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Images (B, S, S, 3), changed in place: those of `which` (B,) with left and right exchanged."""
+    images[which] = images[which, :, ::-1]
+    return images
+
 
 def draw_pairs(labels: np.ndarray, config: TrainConfig, seed: int) -> Pairs:
     """Every class pair equally often, and within a class every image equally often, whatever the class counts.
@@ -207,8 +221,7 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
         rng = np.random.default_rng(seed)
         for step in range(steps):
             index = draw(rng, count)
-            batch, mirrored = images[index], rng.random(count) < config.flip
-            batch[mirrored] = batch[mirrored, :, ::-1]
+            batch = mirror(images[index], rng.random(count) < config.flip)
             yield to_tensor(batch, device), torch.tensor(labels[index], device=device)
             tell(what, step + 1, steps)
 

@@ -128,8 +128,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     run, names, label = Run(config["folder"]), config["names"], f"{config['label']:9}"
     options = TrainConfig(**config["train"])
     model = ModelConfig(**config["model"])
-    index, flip = config["index"], config["flip"]
-    steps = len(index) // options.batch
+    pairs = training.Pairs(config["index"], config["flip"])
+    steps = len(pairs.index) // options.batch
     images = read_images(run, config["ids"], model.image_size, config["fit"])
     labels = torch.tensor(config["labels"])
 
@@ -174,10 +174,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         while trainer.step_count < steps:
             step = trainer.step_count
             mine = slice(step * options.batch + rank, (step + 1) * options.batch, world)
-            members = index[mine].T.reshape(-1)  # first members, then second ones
-            batch = images[members]
-            mirrored = flip[mine].T.reshape(-1)
-            batch[mirrored] = batch[mirrored, :, ::-1]
+            batch, members = pairs.batch(images, mine)
             torch.manual_seed(config["seed"] + step)  # dropout: the same after a resume
             terms = trainer.step(to_tensor(batch, device), labels[members].to(device))
             for name, term in terms.items():
@@ -189,14 +186,14 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 bad = [name for name, value in means.items() if not math.isfinite(value)]
                 if bad:
                     raise UserError(f"{', '.join(bad)} is not finite: lower --lr")
-                pairs = trainer.step_count * options.batch
+                seen = trainer.step_count * options.batch
                 rate = (trainer.step_count - first) * options.batch / (time.time() - begun)
                 left = (steps - trainer.step_count) * options.batch / rate / 60
-                tracking.log_metrics(means | {"train/pairs_per_second": rate, "train/minutes_left": left}, step=pairs)
+                tracking.log_metrics(means | {"train/pairs_per_second": rate, "train/minutes_left": left}, step=seen)
                 if time.time() - told > 15 or finished:
                     told = time.time()
                     told_terms = f"recon_x {means['train/recon_x']:.3f}  cla1 {means['train/cla1']:.2f}"
-                    progress = f"{pairs:,}/{len(index):,} pairs  {rate:.1f}/s  {left:.1f} min left"
+                    progress = f"{seen:,}/{len(pairs.index):,} pairs  {rate:.1f}/s  {left:.1f} min left"
                     print(f"{label} {progress}  {told_terms}", flush=True)
                 sums.clear()
                 since = 0

@@ -23,7 +23,7 @@ from cae.config import ClassHead, LossWeights, ModelConfig, TrainConfig
 from cae.images import to_array, to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, WIDE, Discriminator
-from cae.training import Trainer, disturb, draw_pairs, warm_up
+from cae.training import Pairs, Trainer, disturb, draw_pairs, warm_up
 
 torch.set_num_threads(1)
 TINY = ModelConfig(
@@ -257,6 +257,16 @@ def test_load_says_in_a_line_what_is_missing(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=says) as error:
             training.load(str(tmp_path / folder))
         assert "\n" not in str(error.value)
+
+
+def test_a_batch_of_pairs_has_first_members_first_and_mirrors_its_copy() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    before = images.copy()
+    pairs = Pairs(np.array([[0, 3], [1, 4], [2, 3], [0, 4]]), np.array([[0, 1], [0, 0], [1, 1], [1, 0]], bool))
+    batch, members = pairs.batch(images, slice(1, 4, 2))  # the second of two workers
+    assert members.tolist() == [1, 0, 4, 4]
+    expected = [images[1], images[0][:, ::-1], images[4], images[4]]
+    assert (batch == np.stack(expected)).all() and (images == before).all()
 
 
 # --- two workers
