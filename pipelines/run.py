@@ -170,6 +170,10 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
     stored = {name: value for name, value in stored.items() if name not in FORGOTTEN}
+    # What a run of an older version does not name is as it was then: off, as the authors have it.
+    for name, group in dataclasses.asdict(PRESETS["paper"]).items():
+        if name in stored:
+            stored[name] = group | stored[name]
     # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
     if best:  # and before that, what a search found
         stored |= {name: stored.get(name, {}) | values for name, values in read_best(best).items()}
@@ -291,8 +295,7 @@ def _from_dict(cls: type, stored: dict[str, Any], preset: Preset) -> Any:
     values, hints = {}, get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            # What a run of an older version does not name is as it was then: off, which is the class's own default.
-            base = (None if field.name in stored else getattr(row, field.name, None)) or hints[field.name]()
+            base = getattr(row, field.name, None) or hints[field.name]()
             # JSON has no tuples.
             kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.get(field.name, {}).items()}
             values[field.name] = dataclasses.replace(base, **kept)
