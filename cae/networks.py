@@ -337,10 +337,7 @@ class Discriminator(nn.Module):
         self.features = nn.Sequential(*layers)
         hidden = widths[-1] // 2
         self.head = nn.Sequential(
-            nn.Linear(widths[-1], hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(config.dropout),
-            nn.Linear(hidden, 2 + classes),
+            nn.Linear(widths[-1], hidden), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(hidden, 2 + classes)
         )
         self.apply(_normal if config.disc_init == "normal" else _kaiming)
 

@@ -214,13 +214,10 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
     device = next(cae.parameters()).device
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
-    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
-        return np.array([rng.choice(members[kind]) for kind in rng.integers(len(members), size=count)])
-
     def batches(what: str, count: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng(seed)
         for step in range(steps):
-            index = draw(rng, count)
+            index = np.array([rng.choice(members[kind]) for kind in rng.integers(len(members), size=count)])
             batch = mirror(images[index], rng.random(count) < config.flip)
             yield to_tensor(batch, device), torch.tensor(labels[index], device=device)
             tell(what, step + 1, steps)
