@@ -44,7 +44,7 @@ class ModelConfig:
     out_kernel: int = 7
     """Kernel of the decoder's last convolution."""
     detail: bool = False
-    """Beyond the paper: the individual code also reaches the pixels directly, by one convolution past AdaIN. Fine
+    """Beyond the paper: the individual code also reaches the pixels directly, as overlapping patches past AdaIN. Fine
     structure comes back sooner, and what it adds is the same whatever the class code."""
     disc_width: int = 64
     """Channels after the discriminator's first convolution; doubled three times."""

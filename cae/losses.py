@@ -98,7 +98,7 @@ class GeneratorObjective(nn.Module):
         w, (discriminator, blackbox) = self.weights, self._critics()
         c, s = self.cae.encode(x)
         # One decode serves reconstructions and swaps.
-        decoded = self.cae.decode(torch.cat([c, partner(c)]), torch.cat([s, s]))  # (4B, 3, H, W)
+        decoded = self.cae.decode(torch.cat([c, partner(c)]), s)  # (4B, 3, H, W)
         reconstruction, swap = decoded.chunk(2)
         c_swap, s_swap = self.cae.encode(swap)
         there_and_back = self.cae.decode(c, s_swap)

@@ -21,10 +21,43 @@ WIDE = 128  # channels of the individual code
 TINY_STD = 1e-12  # below it a feature map is constant
 
 
-def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution with reflected borders that keeps the size (or halves it, for a 4x4 kernel with stride 2)."""
-    padding = 1 if stride == 2 else kernel // 2
-    return nn.Conv2d(c_in, c_out, kernel, stride, padding, padding_mode="reflect")
+class Conv(nn.Conv2d):
+    """A convolution with reflected borders."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(reflect(x, int(self.padding[0])), self.weight, self.bias, self.stride)
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> Conv:
+    """A convolution with reflected borders that keeps the size (or halves it: a 4x4 or 3x3 kernel with stride 2)."""
+    return Conv(c_in, c_out, kernel, stride, 1 if stride == 2 else kernel // 2)
+
+
+def reflect(x: Tensor, border: int) -> Tensor:
+    """(B, C, H, W) with `border` reflected pixels on each side."""
+    if x.device.type == "cpu" and x.is_contiguous() and x.requires_grad:
+        return _Reflect.apply(x, border)
+    return F.pad(x, (border,) * 4, mode="reflect")
+
+
+class _Reflect(torch.autograd.Function):
+    """Padding by reflection whose backward pass takes half as long as torch's, on CPUs in plain memory order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, border: int) -> Tensor:
+        ctx.border = border
+        return F.pad(x, (border,) * 4, mode="reflect")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        for dim in (2, 3):  # fold what lies beyond each side back onto what it reflects
+            n, size = ctx.border, grad.shape[dim] - 2 * ctx.border
+            before, inner, after = grad.split((n, size, n), dim)
+            grad = inner.clone() if dim == 2 else inner  # not onto what autograd gave; the second fold is onto our own
+            grad.narrow(dim, 1, n).add_(before.flip(dim))
+            grad.narrow(dim, size - 1 - n, n).add_(after.flip(dim))
+        return grad.contiguous(), None
 
 
 def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
@@ -88,7 +121,7 @@ class StridedBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride, 1, padding_mode="reflect"), nn.GroupNorm(8, c_out), nn.ReLU(inplace=True),
+            Conv(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.ReLU(inplace=True),
             conv(c_out, c_out, 3), nn.GroupNorm(8, c_out),
         )  # fmt: skip
         self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride), nn.GroupNorm(8, c_out))
@@ -144,13 +177,18 @@ class AdaINBlock(nn.Module):
         self.conv2 = conv(channels, channels, 3)
 
     def forward(self, x: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
-        """x (B, C, H, W); shifts and scales (B, 2, C), one row per convolution."""
+        """x (B, C, H, W); shifts and scales (K * B, 2, C), one row per convolution -> (K * B, C, H, W)."""
         y = _adain(self.conv1(x), shifts[:, 0], scales[:, 0]).relu_()
-        return x + _adain(self.conv2(y), shifts[:, 1], scales[:, 1])
+        return _repeat(x, len(y)) + _adain(self.conv2(y), shifts[:, 1], scales[:, 1])
 
 
 def _adain(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift[:, :, None, None], instance_norm(x), scale[:, :, None, None])
+    return torch.addcmul(shift[:, :, None, None], _repeat(instance_norm(x), len(shift)), scale[:, :, None, None])
+
+
+def _repeat(x: Tensor, count: int) -> Tensor:
+    """The batch x (B, ...) as often as makes `count` members."""
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))
 
 
 class LayerNorm(nn.Module):
@@ -204,17 +242,18 @@ def _wide(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype)[:, :, None, None]
 
 
-class UpConv(nn.Conv2d):
+class UpConv(Conv):
     """Upsampling x2 and a convolution with reflected borders: (B, c_in, H, W) -> (B, c_out, 2H, 2W).
 
     After nearest upsampling a 5x5 kernel meets only 3x3 different pixels, those of the small image. So each of the
     four phases of the result (even or odd row and column) is a 3x3 convolution of the small image by sums of the
-    kernel's weights: the same numbers for 9/25 of the multiplications. Only where the kernel reaches over the border
-    do its reflected pixels not pair up; those outermost rows and columns are computed directly.
+    kernel's weights: the same numbers for 9/25 of the multiplications. Of the border, which for the phases repeats the
+    outermost pixels, only what the outermost taps see is not the reflection: the second pixel from the edge should
+    stand there. Their difference, times the kernel's outermost row or column, is added to the result's.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, mode: str) -> None:
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2, padding_mode="reflect")
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         self.mode = mode
         # (phase, row of the 3x3 kernel, row of the 5x5 kernel)
         sums = torch.tensor([[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
@@ -227,22 +266,44 @@ class UpConv(nn.Conv2d):
         phases = torch.einsum("ayu,bxv,oiuv->oabiyx", self.sums, self.sums, self.weight).flatten(0, 2)
         assert self.bias is not None
         small = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), phases, self.bias.repeat_interleave(4))
-        y = F.pixel_shuffle(small, 2)
-        rows, cols = self._pixels(x.shape[2], x.device), self._pixels(x.shape[3], x.device)
-        first_last = torch.cat([rows[:5], rows[-5:]]), torch.cat([cols[:5], cols[-5:]])
-        height, width = y.shape[2:]
-        y[:, :, :: height - 1] = F.conv2d(x[:, :, first_last[0]][..., cols], self.weight, self.bias, stride=(5, 1))
-        y[..., :: width - 1] = F.conv2d(x[..., first_last[1]][:, :, rows], self.weight, self.bias, stride=(1, 5))
+        reflected, repeated = self._line(x.shape[3], "reflect", x.device), self._line(x.shape[2], "replicate", x.device)
+        rows = self._missing(x[..., reflected], self.weight)  # (B, c_out, 2, 2W)
+        cols = self._missing(x[:, :, repeated].mT, self.weight.mT).mT  # (B, c_out, 2H, 2)
+        return _AddBorder.apply(F.pixel_shuffle(small, 2), rows, cols)
+
+    @staticmethod
+    def _missing(x: Tensor, weight: Tensor) -> Tensor:
+        """What first and last row lack: x (B, c_in, H, 2W + 4), in order across -> (B, c_out, 2, 2W)."""
+        ends = ((x[:, :, [1]] - x[:, :, [0]], weight[:, :, :1]), (x[:, :, [-2]] - x[:, :, [-1]], weight[:, :, -1:]))
+        return torch.cat([F.conv2d(difference, tap) for difference, tap in ends], 2)
+
+    @staticmethod
+    def _line(size: int, border: str, device: torch.device) -> Tensor:
+        """Which of a line's small pixels stands at each place after nearest upsampling, with two border pixels."""
+        places = torch.arange(2 * size, dtype=torch.float32, device=device)[None]
+        return F.pad(places, (2, 2), mode=border)[0].long() // 2
+
+
+class _AddBorder(torch.autograd.Function):
+    """y (B, C, H, W), changed in place: `rows` (B, C, 2, W) added to its first and last, `cols` (B, C, H, 2) likewise.
+
+    By slices autograd would copy the whole gradient for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        y[:, :, :: y.shape[2] - 1] += rows
+        y[..., :: y.shape[3] - 1] += cols
         return y
 
     @staticmethod
-    def _pixels(size: int, device: torch.device) -> Tensor:
-        """Which small pixel stands at each place of a line after nearest upsampling and reflecting 2: 2 * size + 4."""
-        place = torch.arange(-2, 2 * size + 2, device=device).abs()
-        return torch.minimum(place, 2 * (2 * size - 1) - place) // 2
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return grad, grad[:, :, :: grad.shape[2] - 1], grad[..., :: grad.shape[3] - 1]
 
 
-class OutConv(nn.Conv2d):
+class OutConv(Conv):
     """A convolution with reflected borders to a few channels, by its four phases: (B, c_in, H, W), H and W even.
 
     One to three output channels leave most of a vector unit idle. Every 2x2 pixels of the result as channels, from a
@@ -250,19 +311,48 @@ class OutConv(nn.Conv2d):
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2, padding_mode="reflect")
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         places = [(right, 1 - right, down, 1 - down) for down in (0, 1) for right in (0, 1)]
         phases = torch.stack([F.pad(self.weight, place) for place in places], 1).flatten(0, 1)
         assert self.bias is not None
-        border = self.kernel_size[0] // 2
-        x = F.pad(x, (border, border, border, border), mode="reflect")
+        x = reflect(x, self.kernel_size[0] // 2)
         return F.pixel_shuffle(F.conv2d(x, phases, self.bias.repeat_interleave(4), stride=2), 2)
 
 
+class Detail(Conv):
+    """The individual code straight to pixels, four to a side: (B, c_in, H, W) -> (B, c_out, 4H, 4W), without a lattice.
+
+    Each pixel of the code makes a patch of 12x12 under a Hann window, so that patches fade into their neighbours. The
+    nine weights that meet at any of its 4x4 places have the same sum, so that a constant code makes a constant image;
+    and what alternates from pixel to pixel is averaged away.
+    """
+
+    window: Tensor
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(c_in, 16 * c_out, 3, padding=1)
+        hann = torch.sin((torch.arange(12) + 0.5) * torch.pi / 12) ** 2 / 1.5  # the three that meet sum to 1
+        places = hann.view(3, 4).flip(0)  # (tap, place): the left neighbour's patch ends here
+        window = torch.einsum("ya,xb->abyx", places, places).flatten(0, 1)[:, None]  # (16, 1, 3, 3)
+        self.register_buffer("window", window.repeat(c_out, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        weight = self.weight * self.window
+        bias = self.bias.view(-1, 16).mean(1).repeat_interleave(16)
+        sums = weight.sum((2, 3)).unflatten(0, (-1, 16))  # (c_out, place, c_in)
+        excess = (sums - sums.mean(1, keepdim=True)).flatten(0, 1)[:, :, None, None]
+        y = F.pixel_shuffle(F.conv2d(reflect(x, 1), weight - excess * self.window, bias), 4)
+        return F.avg_pool2d(F.avg_pool2d(F.pad(y, (1, 1, 1, 1), mode="reflect"), 2, 1), 2, 1)
+
+
 class Decoder(nn.Module):
-    """G: class code (B, D) and individual code (B, width, H/4, W/4) -> image (B, channels, H, W) in [-1, 1]."""
+    """G: class codes (K * B, D), individual codes (B, width, H/4, W/4) -> images (K * B, channels, H, W) in [-1, 1].
+
+    The individual codes meet K rounds of class codes, each in their order; what they have in common is done once.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -277,7 +367,7 @@ class Decoder(nn.Module):
         for c in (width, width // 2):
             ups += [UpConv(c, c // 2, config.up_kernel, config.upsample), LayerNorm(c // 2), nn.ReLU(inplace=True)]
         self.up = nn.Sequential(*ups, OutConv(width // 4, config.channels, config.out_kernel))
-        self.detail = conv(width, 16 * config.channels, 3) if config.detail else None
+        self.detail = Detail(width, config.channels) if config.detail else None
 
     def forward(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
         # Per AdaIN layer first all shifts, then all scales: (B, blocks, convolutions, shift | scale, C).
@@ -287,7 +377,7 @@ class Decoder(nn.Module):
             x = block(x, adain[:, i, :, 0], adain[:, i, :, 1])
         y = self.up(x)
         if self.detail is not None:
-            y = y + F.pixel_shuffle(self.detail(individual_code), 4)
+            y = y + _repeat(self.detail(individual_code), len(y))
         return torch.tanh(y)
 
 
@@ -313,7 +403,10 @@ class CAE(nn.Module):
         return self.class_encoder(x), self.individual_encoder(x)
 
     def decode(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
-        """Class code (B, D) and individual code (B, width, H/4, W/4) -> images (B, 3, H, W)."""
+        """Class codes (B, D) and individual codes (B, width, H/4, W/4) -> images (B, 3, H, W).
+
+        Of K * B class codes, K any whole number, each B meet the B individual codes, in order: (K * B, 3, H, W).
+        """
         return self.decoder(class_code, individual_code).expand(-1, 3, -1, -1)
 
     def forward(self, x: Tensor) -> Tensor:

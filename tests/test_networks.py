@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 
 from cae.config import PRESETS, LossWeights, ModelConfig
 from cae.losses import GeneratorObjective
-from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, OutConv, UpConv, from_authors
+from cae.metrics import grid_energy
+from cae.networks import CAE, AdaINBlock, Detail, Discriminator, LayerNorm, OutConv, UpConv, from_authors, reflect
 
 torch.set_num_threads(1)
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -236,8 +239,36 @@ def slow_decode(cae: CAE, class_code: Tensor, individual_code: Tensor) -> Tensor
         else:
             x = layer(x)
     if decoder.detail is not None:
-        x = x + F.pixel_shuffle(decoder.detail(individual_code), 4)
+        x = x + slow_detail(decoder.detail, individual_code)
     return x.tanh()
+
+
+def slow_detail(layer: Detail, code: Tensor) -> Tensor:
+    """Patch by patch: each of 12x12 pixels that begins 4 above and left of the code's pixel."""
+    c_out = layer.out_channels // 16
+    at = torch.arange(12, dtype=code.dtype)
+    hann = torch.sin((at + 0.5) * math.pi / 12) ** 2
+    # weight (place of the target, tap of the source) as patches: tap 0 is the neighbour before, whose patch ends here
+    patches = torch.zeros(c_out, layer.in_channels, 12, 12, dtype=code.dtype)
+    for place, tap in product(product(range(4), repeat=2), product(range(3), repeat=2)):
+        values = layer.weight.unflatten(0, (c_out, 4, 4))[:, place[0], place[1], :, tap[0], tap[1]]
+        patches[:, :, 4 * (2 - tap[0]) + place[0], 4 * (2 - tap[1]) + place[1]] = values
+    patches = patches * hann[:, None] * hann / 1.5**2
+    sums = patches.unflatten(2, (3, 4)).unflatten(4, (3, 4)).sum((2, 4))
+    excess = sums - sums.mean((2, 3), keepdim=True)
+    patches = patches - excess.repeat(1, 1, 3, 3) * hann[:, None] * hann / 1.5**2
+    code = F.pad(code, (1, 1, 1, 1), mode="reflect")
+    batch, height, width = len(code), 4 * code.shape[2] + 8, 4 * code.shape[3] + 8
+    y = torch.zeros(batch, c_out, height, width, dtype=code.dtype)
+    for i, j in product(range(code.shape[2]), range(code.shape[3])):
+        y[:, :, 4 * i : 4 * i + 12, 4 * j : 4 * j + 12] += torch.einsum("bi,oiyx->boyx", code[:, :, i, j], patches)
+    y = y[:, :, 8:-8, 8:-8]
+    assert layer.bias is not None
+    y = F.pad(y + layer.bias.view(c_out, 16).mean(1)[:, None, None], (1, 1, 1, 1), mode="reflect")
+    weights = torch.tensor([0.25, 0.5, 0.25], dtype=code.dtype)
+    for dim, size in ((2, height - 16), (3, width - 16)):
+        y = torch.stack([w * y.narrow(dim, k, size) for k, w in enumerate(weights)]).sum(0)
+    return y
 
 
 def slow_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -263,11 +294,34 @@ def test_phases_are_the_upsampling_and_its_convolution(height: int, width: int) 
     assert_same_gradients(fast, slow, [x, *layer.parameters()])
 
 
-def assert_same_gradients(fast: Tensor, slow: Tensor, into: list[Tensor]) -> None:
+def assert_same_gradients(fast: Tensor, slow: Tensor, into: list[Tensor], within: float = 1e-11) -> None:
     weight = torch.randn_like(fast)
     for got, expected in zip(torch.autograd.grad(fast, into, weight), torch.autograd.grad(slow, into, weight),
                              strict=True):  # fmt: skip
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(got, expected, rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_reflected_borders_and_their_gradient_are_those_of_torch(order: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 7, dtype=torch.double).contiguous(memory_format=order).requires_grad_()
+    for border in (1, 4):  # up to the size less one
+        fast, slow = reflect(x, border), F.pad(x, (border,) * 4, mode="reflect")
+        assert torch.equal(fast, slow)
+        assert_same_gradients(fast, slow, [x])
+        # A gradient that is one number, expanded, must not be written to.
+        sums = (reflect(x, border).sum(), F.pad(x, (border,) * 4, mode="reflect").sum())
+        torch.testing.assert_close(*(torch.autograd.grad(total, x) for total in sums))
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_several_class_codes_may_meet_each_individual_code(detail: bool) -> None:
+    cae = tiny(detail=detail)
+    for p in cae.parameters():
+        nn.init.normal_(p, std=0.3)
+    c, s = cae.encode(images(2))
+    codes = torch.cat([c, c.flip(0), -c])
+    torch.testing.assert_close(cae.decode(codes, s), cae.decode(codes, torch.cat([s, s, s])), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("c_out", "kernel"), [(3, 7), (1, 3)])
@@ -309,6 +363,23 @@ def test_layer_norm_of_a_constant_passes_a_gradient_that_is_no_larger_than_its_d
     assert x.grad is not None and x.grad.abs().max() < 10 / 1e-5
 
 
+def test_detail_is_its_slow_definition_and_leaves_no_lattice() -> None:
+    torch.manual_seed(0)
+    layer = Detail(5, 2).double()
+    nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    code = torch.randn(2, 5, 8, 9, dtype=torch.double, requires_grad=True)
+    fast, slow = layer(code), slow_detail(layer, code)
+    float32 = 1e-6  # the window's
+    torch.testing.assert_close(fast, slow, rtol=0, atol=float32)
+    assert_same_gradients(fast, slow, [code, *layer.parameters()], float32)
+    flat = layer(torch.randn(2, 5, 1, 1, dtype=torch.double).expand(2, 5, 8, 8))
+    torch.testing.assert_close(flat, flat[:, :, :1, :1].expand_as(flat), rtol=0, atol=float32)
+    smooth = torch.randn(16, 64, 1, 1) + F.interpolate(torch.randn(16, 64, 4, 4), scale_factor=8, mode="bicubic")
+    lapped = grid_energy(Detail(64, 1)(smooth)[:, 0].detach(), 4)
+    side_by_side = grid_energy(F.pixel_shuffle(nn.Conv2d(64, 16, 3, padding=1)(smooth), 4)[:, 0].detach(), 4)
+    assert lapped.median() < 2 and side_by_side.median() > 20
+
+
 def test_detail_is_the_same_whatever_the_class_code() -> None:
     cae = tiny(detail=True)
     c, s = cae.encode(images(2))
@@ -319,7 +390,7 @@ def test_detail_is_the_same_whatever_the_class_code() -> None:
     cae, c, s = cae.double(), c.double(), s.double()
     for code in (c, c.flip(0)):
         added = cae.decode(code, s).atanh() - without.decode(code, s).atanh()
-        expected = F.pixel_shuffle(cae.decoder.detail(s), 4).expand(-1, 3, -1, -1)  # type: ignore[misc]
+        expected = cae.decoder.detail(s).expand(-1, 3, -1, -1)  # type: ignore[misc]
         torch.testing.assert_close(added, expected, rtol=0, atol=1e-6)
 
 
