@@ -62,7 +62,7 @@ def shortened(config: PresetConfig, share: float) -> PresetConfig:
 
 
 def train(
-    options: Options, preset: Preset, minutes: tuple[float, ...], config: PresetConfig
+    options: Options, preset: Preset, config: PresetConfig, minutes: tuple[float, ...]
 ) -> list[dict[str, object]]:
     """Train once and look at the given minutes; those after the training's end see its end."""
     run = Run(options.run)
