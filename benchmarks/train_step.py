@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cae.config import PRESETS, LossWeights
-from cae.networks import CAE, AdaINBlock, Discriminator, LayerNorm, UpConv
+from cae.layers import AdaINBlock, LayerNorm, UpConv
+from cae.networks import CAE, Discriminator
 from cae.training import Trainer
 from pipelines.cluster import place
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cae.config import PRESETS, LossWeights, ModelConfig
+from cae.layers import AdaINBlock, Detail, LayerNorm, OutConv, UpConv, reflect
 from cae.losses import GeneratorObjective
 from cae.metrics import grid_energy
-from cae.networks import CAE, AdaINBlock, Detail, Discriminator, LayerNorm, OutConv, UpConv, from_authors, reflect
+from cae.networks import CAE, Discriminator, from_authors
 
 torch.set_num_threads(1)
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
