@@ -1,4 +1,4 @@
-"""The layers of the networks, each the fastest form that we know of with the numbers of its plain one.
+"""The layers of the networks: the plain ones of the paper in faster forms with the same numbers, and `Detail`.
 
 Legend: B batch, C channels, H height, W width. Padding is by reflection everywhere.
 """
@@ -266,17 +266,16 @@ class Detail(Conv):
     window: Tensor
 
     def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__(c_in, 16 * c_out, 3, padding=1)
+        super().__init__(c_in, 16 * c_out, 3, padding=1, bias=False)
+        self.level = nn.Parameter(torch.zeros(c_out))
         hann = torch.sin((torch.arange(12) + 0.5) * torch.pi / 12) ** 2 / 1.5  # the three that meet sum to 1
         places = hann.view(3, 4).flip(0)  # (tap, place): the left neighbour's patch ends here
         window = torch.einsum("ya,xb->abyx", places, places).flatten(0, 1)[:, None]  # (16, 1, 3, 3)
         self.register_buffer("window", window.repeat(c_out, 1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.bias is not None
         weight = self.weight * self.window
-        bias = self.bias.view(-1, 16).mean(1).repeat_interleave(16)
         sums = weight.sum((2, 3)).unflatten(0, (-1, 16))  # (c_out, place, c_in)
         excess = (sums - sums.mean(1, keepdim=True)).flatten(0, 1)[:, :, None, None]
-        y = F.pixel_shuffle(F.conv2d(reflect(x, 1), weight - excess * self.window, bias), 4)
-        return F.avg_pool2d(F.avg_pool2d(F.pad(y, (1, 1, 1, 1), mode="reflect"), 2, 1), 2, 1)
+        y = F.pixel_shuffle(F.conv2d(reflect(x, 1), weight - excess * self.window), 4)
+        return F.avg_pool2d(F.avg_pool2d(reflect(y, 1), 2, 1), 2, 1) + self.level[:, None, None]

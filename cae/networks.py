@@ -112,7 +112,11 @@ class Decoder(nn.Module):
         self.detail = Detail(width, config.channels) if config.detail else None
 
     def forward(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
-        # Per AdaIN layer first all shifts, then all scales: (B, blocks, convolutions, shift | scale, C).
+        if not len(class_code) or len(class_code) % len(individual_code):
+            raise ValueError(
+                f"{len(class_code)} class codes for {len(individual_code)} individual codes: give a multiple of them"
+            )
+        # Per AdaIN layer first all shifts, then all scales: (K * B, blocks, convolutions, shift | scale, C).
         adain = self.mlp(class_code).unflatten(1, (len(self.blocks), 2, 2, self.width))
         x = individual_code
         for i, block in enumerate(self.blocks):
@@ -185,8 +189,8 @@ class Discriminator(nn.Module):
 def _kaiming(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight, mode="fan_in")
-        assert module.bias is not None
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _normal(module: nn.Module) -> None:

@@ -205,7 +205,7 @@ class MeasureWorker:
     def _decode_new(self, task: dict[str, Any], individual: Tensor) -> list[int]:
         """b's classes for new class codes, decoded with an image's individual code."""
         codes = self._tensor(task["new_codes"])
-        frames = [self.cae.decode(some, individual.expand(len(some), *individual.shape)) for some in codes.split(64)]
+        frames = [self.cae.decode(some, individual[None]) for some in codes.split(64)]
         return [label for frame in frames for label in self.blackbox.probabilities(frame).argmax(1).tolist()]
 
     def _masks(self, masks: list[bytes | None]) -> Tensor:
