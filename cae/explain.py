@@ -61,8 +61,7 @@ class Explanation:
 def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstructions of images x (B, 3, H, W), and the same images with the class codes of the donors."""
     class_code, individual_code = cae.encode(x)
-    reconstruction, swapped = cae.decode(torch.cat([class_code, cae.encode(donors)[0]]), individual_code).chunk(2)
-    return reconstruction, swapped
+    return cae.decode(class_code, individual_code), cae.decode(cae.encode(donors)[0], individual_code)
 
 
 def along(corners: Tensor, t: Tensor) -> Tensor:
