@@ -128,10 +128,10 @@ def main(options: Options) -> None:
             mine = sorted(
                 (float(row["minutes"]), float(row[measure])) for row in rows if row["preset"] == preset and row[measure]
             )
-            axes.plot([at for at, _ in mine], [value for _, value in mine], style, color=color,
-                      label=f"{preset}, {what}")  # fmt: skip
+            if mine:
+                axes.plot(*zip(*mine, strict=True), style, color=color, label=f"{preset}, {what}")
     axes.set(xlabel="CPU minutes of training", ylabel="swaps believed, val", ylim=(0, 1))
-    axes.legend()
+    axes.legend(loc="center right")
     figure.savefig(TABLE.with_suffix(".png"), dpi=120)
 
 
