@@ -121,7 +121,7 @@ def main(options: Options) -> None:
     with TABLE.open() as file:
         same = (Path(options.run).name, str(options.image_size), str(options.seed))
         rows = [row for row in csv.DictReader(file) if (row["run"], row["size"], row["seed"]) == same]
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     for measure, style, what in (("swap_success", "o-", "classifier"), ("oracle_success", "s--", "oracle")):
         for preset, color in (("quick", "C0"), ("paper", "C1")):
@@ -131,7 +131,7 @@ def main(options: Options) -> None:
             if mine:
                 axes.plot(*zip(*mine, strict=True), style, color=color, label=f"{preset}, {what}")
     axes.set(xlabel="CPU minutes of training", ylabel="swaps believed, val", ylim=(0, 1))
-    axes.legend(loc="center right")
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(TABLE.with_suffix(".png"), dpi=120)
 
 
