@@ -124,13 +124,13 @@ def differences(rows: pd.DataFrame, expected: pd.DataFrame) -> dict[str, int]:
     """How many rows are lost, doubled, or have other values."""
     counts = rows.groupby(["id", "target"], dropna=False).size()
     both = expected.merge(rows.drop_duplicates(["id", "target"]), on=["id", "target"], suffixes=("", "_now"))
-    same = (both.status == both.status_now) & (both.error == both.error_now)
+    same = (both.status == both.status_now) & (both.error.fillna("") == both.error_now.fillna(""))
     for name in NUMBERS:
         same &= np.isclose(both[name], both[f"{name}_now"], atol=CLOSE, equal_nan=True)
-    maps = [
+    maps = np.array([
         (a is None and b is None) or np.allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-2, atol=CLOSE)
         for a, b in zip(both["map"], both["map_now"], strict=True)
-    ]
+    ])  # fmt: skip
     return {
         "rows": len(rows), "lost": len(expected) - len(both), "doubled": int((counts - 1).sum()),
         "other_values": int((~(same & maps)).sum()),
