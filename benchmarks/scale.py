@@ -39,7 +39,7 @@ from pipelines.ways import read_ways
 
 TABLE = Path(__file__).with_suffix(".csv")
 BARE = Path(__file__).with_name("scale_bare_loop.csv")
-PIPELINES = Path(__file__).parents[1] / "pipelines"
+FULL = Path(__file__).parents[1] / "pipelines" / "full.py"
 TINY = [
     "--image-size", "32", "--width", "16", "--blocks", "1", "--disc-width", "8", "--pairs", "200", "--epochs", "0",
     "--batch", "4", "--warm-up", "50", "--recon-warm-up", "20", "--resnet.epochs", "1",
@@ -62,7 +62,7 @@ class Options:
 
 def measured(stage: str, folder: Path, *words: str) -> dict[str, float]:
     """Run one stage; its seconds, and the peak memory in MiB of all its processes and of the largest worker."""
-    driver = subprocess.Popen([sys.executable, str(PIPELINES / f"{stage}.py"), "--run", str(folder), *words])
+    driver = subprocess.Popen([sys.executable, str(FULL), "--run", str(folder), "--stages", stage, *words])
     peak = {"memory": 0.0, "largest_worker": 0.0}
     while driver.poll() is None:
         sizes = {}
@@ -114,7 +114,9 @@ def main(options: Options) -> None:
         if size != options.sizes[0]:
             words += ["--classifier", str(work / str(options.sizes[0]) / "classifier")]
         for stage in ("shard", "classify", "train", "embed", "explain"):
-            found[stage, size] = measured(stage, folder, *words)
+            # As many processes whatever the size, or memory would grow with them.
+            workers = ["--workers", str(os.cpu_count() or 1)] if stage in MEASURED else []
+            found[stage, size] = measured(stage, folder, *words, *workers)
             print(f"{stage:9} {size:,} images  " + "  ".join(f"{k} {v:.0f}" for k, v in found[stage, size].items()),
                   flush=True)  # fmt: skip
     rows: list[dict[str, Any]] = []

@@ -242,7 +242,7 @@ def _at_equal_pairs(results: list[tune.Result], metric: str) -> tuple[int, list[
     """The most pairs that every trial was trained on, and the metric of each by then: a fair comparison of them all."""
     curves = [pd.DataFrame(result.metrics_dataframe).set_index("pairs")[metric] for result in results]
     pairs = min(curve.index.max() for curve in curves)
-    return int(pairs), [float(curve[:pairs].iloc[-1]) for curve in curves]
+    return int(pairs), [float(curve.loc[:pairs].iloc[-1]) for curve in curves]
 
 
 def _write_best(run: Run, options: TuneOptions, best: pd.Series) -> None:

@@ -8,6 +8,8 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -72,6 +74,14 @@ def test_importance_finds_what_the_score_depends_on() -> None:
     found = tune.importance(options, score, seed=0)
     assert list(found) == list(options)
     assert found["strong"] > found["head"] > found["weak"] > found["idle"] and found["strong"] > 0.5
+
+
+def test_trials_are_compared_after_the_pairs_that_all_of_them_had() -> None:
+    def result(pairs: list[int], score: list[float]) -> Any:
+        return SimpleNamespace(metrics_dataframe=pd.DataFrame({"pairs": pairs, "score": score}))
+
+    results = [result([400, 800, 1600], [0.5, 0.6, 0.9]), result([400], [0.3]), result([200, 400], [0.1, 0.4])]
+    assert tune._at_equal_pairs(results, "score") == (400, [0.5, 0.3, 0.4])
 
 
 def words(figure: Figure) -> set[str]:
