@@ -220,6 +220,8 @@ def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBo
     try:
         logits = _try(blackbox, x)
         _, outputs = logits.shape
+        if not logits.isfinite().all():
+            raise ValueError("its outputs are not finite")
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -262,8 +263,9 @@ def read_npz(path: str) -> Iterator[tuple[Item, np.ndarray]]:
     """Images of an `.npz` in MedMNIST's layout, one by one, as uint8 arrays (H, W, 3); grey becomes three channels.
 
     Keys are `{train,val,test}_images`, uint8 (N, H, W) or (N, H, W, 3), and `_labels`, integers (N,) or (N, 1); a
-    split may be absent. Classes are called as in DATASETS when the file's name starts with a known one, else "0",
-    "1", ... The images stream from the file, and nothing pickled is ever loaded. Raises ValueError in one line.
+    split may be absent, and so may labels. Classes are called as in DATASETS when the file's name starts with a known
+    one, else "0", "1", ... The images stream from the file, and nothing pickled is ever loaded. Raises ValueError in
+    one line.
     """
     fs, inner = filesystem(path)
     stem = PurePosixPath(inner).stem.split("_")[0]
@@ -280,13 +282,16 @@ def read_npz(path: str) -> Iterator[tuple[Item, np.ndarray]]:
         if not splits:
             raise ValueError(f"{path} has no train_images, val_images or test_images; name its arrays as MedMNIST does")
         for split in splits:
-            if f"{split}_labels" not in keys:
-                raise ValueError(f"{path} has {split}_images but no {split}_labels; add the labels, integers (N,)")
-            labels = _npz_labels(archive, path, f"{split}_labels")
-            for index, image in enumerate(_npz_images(archive, path, f"{split}_images", len(labels))):
-                number = int(labels[index])
-                label = classes[number] if 0 <= number < len(classes) else str(number)
-                yield Item(path, f"{split}/{index:06d}", split, label, None), image
+            try:
+                labels = _npz_labels(archive, path, f"{split}_labels") if f"{split}_labels" in keys else None
+                for index, image in enumerate(_npz_images(archive, path, f"{split}_images", labels)):
+                    label = None
+                    if labels is not None:
+                        number = int(labels[index])
+                        label = classes[number] if 0 <= number < len(classes) else str(number)
+                    yield Item(path, f"{split}/{index:06d}", split, label, None), image
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise ValueError(f"{path} is damaged ({error}); download or save it again") from error
 
 
 def _npz_labels(archive: zipfile.ZipFile, path: str, key: str) -> np.ndarray:
@@ -301,8 +306,8 @@ def _npz_labels(archive: zipfile.ZipFile, path: str, key: str) -> np.ndarray:
     return labels.reshape(-1)
 
 
-def _npz_images(archive: zipfile.ZipFile, path: str, key: str, count: int) -> Iterator[np.ndarray]:
-    """The images under `key`, one by one, uint8 (H, W, 3); `count` is how many there must be."""
+def _npz_images(archive: zipfile.ZipFile, path: str, key: str, labels: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The images under `key`, one by one, uint8 (H, W, 3); if there are labels, there must be as many."""
     with archive.open(f"{key}.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -310,10 +315,12 @@ def _npz_images(archive: zipfile.ZipFile, path: str, key: str, count: int) -> It
         if dtype != np.uint8 or fortran or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
             order = " in Fortran order" if fortran else ""
             raise ValueError(f"{path}: {key} is {dtype} {shape}{order}; save uint8 (N, H, W) or (N, H, W, 3), C order")
-        if shape[0] != count:
-            raise ValueError(f"{path}: {key} holds {shape[0]} images but there are {count} labels; make them match")
+        if labels is not None and shape[0] != len(labels):
+            raise ValueError(
+                f"{path}: {key} holds {shape[0]} images but there are {len(labels)} labels; make them match"
+            )
         size = int(np.prod(shape[1:]))
-        for _ in range(count):
+        for _ in range(shape[0]):
             pixels = member.read(size)
             if len(pixels) < size:
                 raise ValueError(f"{path}: {key} is cut short; download or save the file again")

@@ -28,6 +28,7 @@ from cae.data import (
     SPLITS,
     Item,
     Layout,
+    filesystem,
     layout_of,
     list_images,
     may_be_image,
@@ -42,6 +43,7 @@ STREAMED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # can on
 PATHS = ("path", "url", "uri", "file", "filename", "file_name", "image")
 LABELS = ("class_name", "class", "label")
 IMAGES = ("image", "bytes", "image_bytes")
+SURPLUS = "more fields than the header"  # where the csv module puts those of a row
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,22 @@ def survey(source: str, rows: int = 256) -> Survey:
 
     Raises ValueError, in one line, for a source that is none, is damaged as a whole, or holds nothing.
     """
-    kind = source.lower()
+    try:
+        return _survey_source(source, "" if _is_folder(source) else source.lower(), rows)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} cannot be read: no such file or folder") from error
+
+
+def _is_folder(source: str) -> bool:
+    """Whether a source is one, whatever it is called: Spark writes folders `NAME.parquet`."""
+    if "://" not in source:
+        return os.path.isdir(source)
+    fs, inner = filesystem(source)
+    return not source.startswith(("http://", "https://")) and fs.isdir(inner)  # a web server tells of none
+
+
+def _survey_source(source: str, kind: str, rows: int) -> Survey:
+    """`survey` of a source that its name, in lower case, tells the kind of: "" for a folder."""
     if kind.endswith(".npz"):
         items = [item for item, _ in read_npz(source)]
         return _survey(items, [{"npz": source, "rows": len(items)}])
@@ -73,11 +90,14 @@ def survey(source: str, rows: int = 256) -> Survey:
     elif kind.endswith((".csv", ".tsv")):
         items = _list_csv(source)
     elif kind.endswith(".parquet"):
-        return _survey_tables([source], rows)
+        return _survey_tables({source: ""}, rows)
     else:
         items = list_images(source)
-        if all(item.name.endswith(".parquet") for item in items):
-            return _survey_tables([item.path for item in items], rows)
+        # Beside tables, names with an underscore are those of notes on them: `_SUCCESS`, `_metadata`.
+        tables = [item for item in items if not item.name.split("/")[-1].startswith("_")]
+        if tables and all(item.name.endswith(".parquet") for item in tables):
+            many = len(tables) > 1
+            return _survey_tables({item.path: f"{item.name}/" if many else "" for item in tables}, rows)
         labels = sorted({item.label for item in items if item.label is not None})  # as torchvision sorts folders
         return replace(_survey(items, _chunks(items, rows)), labels=labels)
     return _survey(items, _chunks(items, rows))
@@ -145,10 +165,28 @@ def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:
             except NOT_ITS_FAULT:
                 raise
             except OSError as error:
-                problem = f"the file cannot be read: {error.strerror or error}"
+                problem = f"the file cannot be read: {_why(error)}"
             except (ValueError, ImportError, zlib.error) as error:  # fsspec's, for URLs, are ValueError and ImportError
                 problem = str(error) or type(error).__name__
+            except Exception as error:
+                if not type(error).__module__.startswith("aiohttp"):
+                    raise
+                problem = f"the download broke off: {error}"
             yield item, content, problem
+
+
+def _why(error: OSError) -> str:
+    """Why a file cannot be read. fsspec says "not found" whatever a web server said, with the true reason as the cause.
+
+    Raises ConnectionError where the server is not there, or has a fault of its own.
+    """
+    cause = error.__cause__
+    if cause is None or not type(cause).__module__.startswith("aiohttp"):
+        return str(error.strerror or error)
+    status = getattr(cause, "status", None)
+    if status is None or status >= 500 or status == 429:
+        raise ConnectionError(f"{error}: {cause}") from error
+    return f"the server answers {status} {getattr(cause, 'message', '')}".strip()
 
 
 # --- Archives ---------------------------------------------------------------------------------------------------------
@@ -229,6 +267,8 @@ def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence
         item = Item(path, given, None, None, None)
         if not given:
             item = Item(source, f"row {number}", None, None, None, problem=f"the row has no {column}")
+        elif SURPLUS in row:
+            item = replace(item, problem=f"the row has {SURPLUS}")
         items.append(_numbered(_describe(item, row), seen))
     if not items:
         raise ValueError(f"{source} lists no images")
@@ -238,18 +278,20 @@ def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence
 def _list_csv(path: str) -> list[Item]:
     with open_file(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        rows = csv.DictReader(text, delimiter="\t" if path.lower().endswith(".tsv") else ",", restval="")
+        delimiter = "\t" if path.lower().endswith(".tsv") else ","
+        rows = csv.DictReader(text, delimiter=delimiter, restval="", restkey=SURPLUS)
         try:
             return _list_rows(path, rows, rows.fieldnames or [])
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no list in UTF-8 with a header ({error}): save it as CSV again") from error
 
 
-def _survey_tables(paths: Sequence[str], rows: int) -> Survey:
-    """Parquet files of images, a piece a row group; or one with a list of paths."""
+def _survey_tables(paths: Mapping[str, str], rows: int) -> Survey:
+    """Parquet files of images, path -> what goes before their images' names, a piece a row group; or one with a list of
+    paths."""
     pieces: list[Piece] = []
     described: set[Item] = set()
-    for path in paths:
+    for path, prefix in paths.items():
         with open_file(path) as file:
             table = _open_table(path, file)
             columns, number = table.schema_arrow.names, 0
@@ -265,11 +307,10 @@ def _survey_tables(paths: Sequence[str], rows: int) -> Survey:
                     continue
                 described |= {_describe(Item("", "", None, None, None), row)
                               for row in table.read_row_group(group, told).to_pylist()}  # fmt: skip
-                prefix = f"{os.path.basename(path)}/" if len(paths) > 1 else ""
                 pieces.append({"table": path, "group": group, "prefix": prefix, "first": number, "rows": count})
                 number += count
     if not pieces:
-        raise ValueError(f"{paths[0]} holds no images")
+        raise ValueError(f"{next(iter(paths))} holds no images")
     return _survey(list(described), pieces)
 
 

@@ -29,6 +29,7 @@ from pipelines.run import Run, RunOptions, UserError
 Unit = dict[str, Any]
 Worker = Callable[[Unit], pa.Table]
 UNIT_ROWS = 256
+PATIENCE = (1, 5, 20, 60)  # seconds before a unit is tried again whose files' server cannot be reached
 ACTOR_ROWS = 1000  # images that are worth starting another actor for, which takes seconds
 
 
@@ -43,11 +44,18 @@ class _Task:
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, Any]:
         unit: Unit = pickle.loads(row["unit"])
-        try:
-            table = self.worker(unit)
-            write_table(self.run, f"{self.out}/{unit['part']}", table)
-        except (ValueError, OSError) as error:  # of these Ray Data would hand on no more than the text
-            return {"rows": 0, "error": pickle.dumps(error)}
+        for wait in (*PATIENCE, None):
+            try:
+                table = self.worker(unit)
+                write_table(self.run, f"{self.out}/{unit['part']}", table)
+            except (ConnectionError, TimeoutError) as error:  # a server that is down comes back, mostly
+                if wait is None:
+                    return {"rows": 0, "error": pickle.dumps(error)}
+                time.sleep(wait)
+            except (ValueError, OSError) as error:  # of these Ray Data would hand on no more than the text
+                return {"rows": 0, "error": pickle.dumps(error)}
+            else:
+                break
         return {"rows": unit["rows"], "error": b""}
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cae import sources
+from cae import classifiers, sources
 from cae.explain import Mode, choose_mode
 from pipelines import run as runs
 from pipelines import tracking
@@ -181,6 +181,7 @@ def _refuse_other(run: Run, model: Run, units: list[Unit]) -> None:
 def explainer(model: Run, options: ExplainOptions) -> dict[str, Any]:
     """What `ExplainWorker` takes to explain as the finished run `model` does."""
     chosen = model.result("classify")
+    classifiers.load(chosen["spec"], tuple(chosen["classes"]))  # fails here, early, when it is not there any more
     return {
         "spec": chosen["spec"], "names": tuple(chosen["classes"]), "cae": model.path("cae"),
         "size": options.model.image_size, "fit": options.fit, "device": device_of(options),
@@ -224,6 +225,8 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
         raise UserError(f"--out {options.out} is the folder of another run: choose a folder of its own")
     model = Run(options.run)
     runs.refuse_unfinished(model, options, NEEDS)
+    # How to explain may be chosen anew; what the model was made with may not.
+    runs.refuse_contradictions(model, replace(options, again=True), "explain")
     # The new folder is a run folder of this stage alone; it is tracked where the finished run is.
     options = replace(options, run=out, archive=archive, tracking_uri=tracking.store(model, options))
     work = partial(explain_archive, model=model)

@@ -88,6 +88,7 @@ WRITES = {
     "explain": ("explanations",),
     "evaluate": ("evaluation/images", "evaluation/times", "figures"),
 }
+UNREACHABLE = (ConnectionError, TimeoutError)  # a server, of images or of a classifier
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -136,7 +137,11 @@ class Run:
             raise UserError(
                 f"the run {self.folder} has no finished stage {stage}: run pipelines/{stage}.py on it first"
             )
-        return self.state["stages"][stage]["result"]
+        result = self.state["stages"][stage]["result"]
+        given = self.state["stages"].get("shard", {}).get("options", {}).get("classifier")
+        if stage == "classify" and given == "":  # trained here: found again wherever the run folder is moved to
+            return result | {"spec": self.path("classifier")}
+        return result
 
     def done(self, stage: str) -> bool:
         """Whether a stage has finished."""
@@ -232,6 +237,8 @@ def user_error(error: BaseException) -> str | None:
     mistake = _mistake(error)
     if _of_s3(mistake):
         return f"S3: {mistake}"
+    if isinstance(mistake, UNREACHABLE):
+        return f"{mistake}; the same command goes on from here"
     if isinstance(mistake, OSError):
         return f"{mistake.strerror}: {mistake.filename or 'the run folder'}"
     if mistake is None:
@@ -245,6 +252,8 @@ def _mistake(error: BaseException | None) -> BaseException | None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            return error
+        if isinstance(error, UNREACHABLE):
             return error
         if tracking.failure(error) or _of_s3(error):
             return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,11 +68,31 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
         (["--mode", "contrast"], "--mode contrast contradicts the stage explain"),
         (["--archive", str(archive)], "contradicts the stage explain"),
         (["--out", str(finished / "new")], "choose a folder of its own"),
+        (["--fit", "squash", "--out", str(tmp_path / "other")], "--fit squash contradicts the stage classify"),
+        (["--image-size", "128", "--out", str(tmp_path / "other")], "--image-size 128 contradicts"),
         (["--out", ""], "--archive says what to explain and --out where to"),
         (["--archive", str(tmp_path / "none"), "--out", str(tmp_path / "other")], "is no folder"),
     ):
         done = command("explain.py", *words, *change)
         assert done.returncode != 0 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_was_moved_still_explains(finished: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(finished, tmp_path / "moved")
+    state_of = json.loads((moved / "run.json").read_text())
+    state_of["stages"]["classify"]["result"]["spec"] = str(tmp_path / "where it was/classifier")
+    (moved / "run.json").write_text(json.dumps(state_of))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/a.png").write_bytes(encode_png(blob(np.random.default_rng(7), 1)))
+    words = ["--run", str(moved), "--archive", str(tmp_path / "new"), "--out", str(tmp_path / "out")]
+    done = command("explain.py", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(explained(tmp_path / "out")) == 1
+    shutil.rmtree(moved / "classifier")
+    done = command("explain.py", *words, "--again")
+    assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -521,7 +521,11 @@ def test_cards_that_name_nothing(tmp_path: Path) -> None:
 
 def test_classifiers_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Any) -> None:
     module_of(
-        tmp_path, monkeypatch, "theirs", "def f(x): return x[:, :, 0, 0][:, None]\ndef g(x): 1 / 0\nanswer = 42\n"
+        tmp_path,
+        monkeypatch,
+        "theirs",
+        "def f(x): return x[:, :, 0, 0][:, None]\ndef g(x): 1 / 0\n"
+        "def nan(x): return x[:, :2, 0, 0] / 0 - x[:, :2, 0, 0] / 0\nanswer = 42\n",
     )
     module_of(tmp_path, monkeypatch, "broken", "import nothing_of_that_name")
     (tmp_path / "net.onnx").write_bytes(b"junk")
@@ -529,6 +533,7 @@ def test_classifiers_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.M
     for spec, says in {
         "nowhere:f": "no function nowhere:f (ModuleNotFoundError", "theirs:h": "no function theirs:h (AttributeError",
         "broken:f": "nothing_of_that_name", "theirs:answer": "is no function", "theirs:f": "fails on two grey images",
+        "theirs:nan": "its outputs are not finite",
         "theirs:g": "of 128 x 128 pixels: the classifier failed: ZeroDivisionError",
         f"{tmp_path}/net.pt2": "no file of torch.export.save", f"{tmp_path}/none.pt2": "cannot read the classifier",
         f"{tmp_path}/none.onnx": "cannot read the classifier", "foo://x/net.pt2": "cannot",

@@ -261,7 +261,6 @@ IMAGES, LABELS = np.zeros((2, 4, 4), np.uint8), np.array([0, 1])
     ("arrays", "reason"),
     [
         ({"images": IMAGES}, "has no train_images"),
-        ({"train_images": IMAGES}, "no train_labels"),
         ({"train_images": IMAGES, "train_labels": np.array([{"a": 1}, None], object)}, "pickles are never loaded"),
         ({"train_images": np.array([{"a": 1}, None], object), "train_labels": LABELS}, "save uint8"),
         ({"train_images": IMAGES.astype(np.float32), "train_labels": LABELS}, "save uint8"),
@@ -278,6 +277,20 @@ def test_npz_mistakes(tmp_path: Path, arrays: dict[str, np.ndarray], reason: str
     with pytest.raises(ValueError, match=reason) as error:
         list(read_npz(path))
     assert path in message(error)
+
+
+def test_npz_without_labels_or_with_damage(tmp_path: Path) -> None:
+    (one, image), (two, _) = read_npz(save_npz(tmp_path / "a.npz", test_images=IMAGES))
+    assert one.label is two.label is None and one.split == "test" and image.shape == (4, 4, 3)
+    path = Path(
+        save_npz(tmp_path / "b.npz", test_images=np.random.default_rng(0).integers(0, 256, (9, 9, 9), np.uint8))
+    )
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 255
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="is damaged") as error:
+        list(read_npz(str(path)))
+    assert str(path) in message(error)
 
 
 def test_npz_that_is_none(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import pickle
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import fsspec
@@ -458,6 +460,73 @@ def test_the_network_s_faults_are_not_the_file_s(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sources, "read_span", fails)
     with pytest.raises(TimeoutError):
         list(read(piece))
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A web server: /NNN answers with that status, /short with less than it says, anything else with a picture."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            last = self.path.split("/")[-1]
+            content = FILES["train/cat/0.png"]
+            self.send_response(int(last) if last.isdecimal() else 200)
+            self.send_header("Content-Length", str(len(content) + (100 if last == "short" else 0)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_web_server_s_answers_are_told_apart(tmp_path: Path, web: str) -> None:
+    def listed(*names: str) -> list[tuple[bytes, str]]:
+        path = tmp_path / "list.csv"
+        path.write_text("\n".join(["url", *(name if "://" in name else f"{web}/{name}" for name in names)]))
+        return [(content, problem) for piece in survey(str(path)).pieces for _, content, problem in read(piece)]
+
+    pytest.importorskip("aiohttp")
+    good, missing, forbidden, short, after = listed("a.png", "404", "403", "short", "b.png")
+    assert good == after == (FILES["train/cat/0.png"], "")
+    assert "404" in missing[1] or "127.0.0.1" in missing[1]
+    assert "the server answers 403" in forbidden[1]
+    assert not short[0] and "the download broke off" in short[1]
+    for name in ("503", "429", "http://127.0.0.1:1/a.png"):  # to be read again, and no row yet
+        with pytest.raises(ConnectionError, match=name[:20]):
+            listed("a.png", name)
+
+
+def test_sources_that_are_not_there_are_said_in_one_line(tmp_path: Path) -> None:
+    for name in ("a.zip", "a.tar", "a.tar.gz", "a.csv", "a.parquet", "a.npz"):
+        with pytest.raises(ValueError, match="no such file or folder"):
+            survey(str(tmp_path / name))
+
+
+def test_tables_as_spark_writes_them(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        part = tmp_path / f"data.parquet/label={label}/part.parquet"
+        part.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"image": [FILES["train/cat/0.png"]]}), part)
+    (tmp_path / "data.parquet/_SUCCESS").touch()
+    held = contents(str(tmp_path / "data.parquet"))
+    assert list(held) == ["label=a/part.parquet/000000000", "label=b/part.parquet/000000000"]
+    assert all(content == FILES["train/cat/0.png"] and not problem for _, content, problem in held.values())
+
+
+def test_a_row_with_more_fields_than_the_header(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(FILES["train/cat/0.png"])
+    (tmp_path / "a.csv").write_text("path,label\n0.png,cat\n0.png,cat,more\n")
+    (_, _, none), (_, _, problem) = contents(str(tmp_path / "a.csv")).values()
+    assert not none and problem == "the row has more fields than the header"
 
 
 # --- Shards -----------------------------------------------------------------------------------------------------------
