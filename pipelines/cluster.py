@@ -50,8 +50,13 @@ def connect() -> None:
             port = probe.getsockname()[1]
         env = quiet | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
         # Four slots at least: a bulk stage needs one for its actor and others for Ray Data's own tasks.
-        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), object_store_memory=500_000_000, dashboard_port=port,
-                 logging_level=logging.ERROR, runtime_env={"env_vars": env})  # fmt: skip
+        try:
+            ray.init("local", num_cpus=max(4, os.cpu_count() or 1), object_store_memory=500_000_000,
+                     dashboard_port=port, logging_level=logging.ERROR, runtime_env={"env_vars": env})  # fmt: skip
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" in str(error):
+                raise UserError("Ray did not start in half a minute: is this machine busy? Call again") from error
+            raise
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
