@@ -66,7 +66,7 @@ def survey(source: str, rows: int = 256) -> Survey:
     try:
         return _survey_source(source, "" if _is_folder(source) else source.lower(), rows)
     except FileNotFoundError as error:
-        raise ValueError(f"{source} cannot be read: no such file or folder") from error
+        raise ValueError(f"{source} cannot be read: {_why(error)}") from error
 
 
 def _is_folder(source: str) -> bool:
@@ -169,10 +169,15 @@ def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:
             except (ValueError, ImportError, zlib.error) as error:  # fsspec's, for URLs, are ValueError and ImportError
                 problem = str(error) or type(error).__name__
             except Exception as error:
-                if not type(error).__module__.startswith("aiohttp"):
+                if not _of_web(error):
                     raise
                 problem = f"the download broke off: {error}"
             yield item, content, problem
+
+
+def _of_web(error: BaseException | None) -> bool:
+    """Whether an error is aiohttp's, which fsspec reads URLs by."""
+    return type(error).__module__.startswith("aiohttp")
 
 
 def _why(error: OSError) -> str:
@@ -181,8 +186,9 @@ def _why(error: OSError) -> str:
     Raises ConnectionError where the server is not there, or has a fault of its own.
     """
     cause = error.__cause__
-    if cause is None or not type(cause).__module__.startswith("aiohttp"):
-        return str(error.strerror or error)
+    if not _of_web(cause):
+        bare = isinstance(error, FileNotFoundError) and not error.strerror  # fsspec's: the name alone
+        return f"there is no {error}" if bare else str(error.strerror or error)
     status = getattr(cause, "status", None)
     if status is None or status >= 500 or status == 429:
         raise ConnectionError(f"{error}: {cause}") from error

@@ -226,7 +226,7 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
     model = Run(options.run)
     runs.refuse_unfinished(model, options, NEEDS)
     # How to explain may be chosen anew; what the model was made with may not.
-    runs.refuse_contradictions(model, replace(options, again=True), "explain")
+    runs.refuse_contradictions(model, options, "explain", only_before=True)
     # The new folder is a run folder of this stage alone; it is tracked where the finished run is.
     options = replace(options, run=out, archive=archive, tracking_uri=tracking.store(model, options))
     work = partial(explain_archive, model=model)

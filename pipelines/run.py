@@ -238,7 +238,7 @@ def user_error(error: BaseException) -> str | None:
     if _of_s3(mistake):
         return f"S3: {mistake}"
     if isinstance(mistake, UNREACHABLE):
-        return f"{mistake}; the same command goes on from here"
+        return f"no connection: {' '.join(str(mistake).split())}; the same command goes on from here"
     if isinstance(mistake, OSError):
         return f"{mistake.strerror}: {mistake.filename or 'the run folder'}"
     if mistake is None:
@@ -336,7 +336,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     `own` are the option fields that decide this stage's outcome; `needs` the stages that must be done before.
     """
     run = Run(options.run)
-    refuse_contradictions(run, options, name)
+    refuse_contradictions(run, options, name, only_before=options.again)
     refuse_unfinished(run, options, needs)
     if options.again:  # only now: a refused call drops nothing
         _start_over(run, name)
@@ -398,14 +398,14 @@ def _drop(run: Run, stage: str) -> None:
             run.fs.rm(run.path(name), recursive=True)
 
 
-def refuse_contradictions(run: Run, options: RunOptions, name: str = "") -> None:
+def refuse_contradictions(run: Run, options: RunOptions, name: str = "", only_before: bool = False) -> None:
     """Raise UserError when an option differs from the one that a stage of the run was made with.
 
-    For the stage `name`, done over, only those before it count. A search for weights binds itself alone, to its end:
+    With `only_before` only the stages before `name` count, which is done over, or done for another folder. A search for weights binds itself alone, to its end:
     what it found may be taken or left.
     """
     table = json.loads(json.dumps(flat(options), default=str))
-    for stage in list(WRITES)[: list(WRITES).index(name) if name and options.again else None]:
+    for stage in list(WRITES)[: list(WRITES).index(name) if name and only_before else None]:
         if not run.bound(stage) or (stage == "tune" and (name != "tune" or run.done("tune"))):
             continue
         state = run.state["stages"][stage]

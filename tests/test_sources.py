@@ -463,12 +463,12 @@ def test_the_network_s_faults_are_not_the_file_s(tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
+def web() -> Iterator[str]:
     """A web server: /NNN answers with that status, /short with less than it says, anything else with a picture."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            last = self.path.split("/")[-1]
+            last = self.path.split("/")[-1].removesuffix(".zip")
             content = FILES["train/cat/0.png"]
             self.send_response(int(last) if last.isdecimal() else 200)
             self.send_header("Content-Length", str(len(content) + (100 if last == "short" else 0)))
@@ -497,17 +497,21 @@ def test_a_web_server_s_answers_are_told_apart(tmp_path: Path, web: str) -> None
     pytest.importorskip("aiohttp")
     good, missing, forbidden, short, after = listed("a.png", "404", "403", "short", "b.png")
     assert good == after == (FILES["train/cat/0.png"], "")
-    assert "404" in missing[1] or "127.0.0.1" in missing[1]
-    assert "the server answers 403" in forbidden[1]
+    assert missing == (b"", "the file cannot be read: the server answers 404 Not Found")
+    assert forbidden == (b"", "the file cannot be read: the server answers 403 Forbidden")
     assert not short[0] and "the download broke off" in short[1]
     for name in ("503", "429", "http://127.0.0.1:1/a.png"):  # to be read again, and no row yet
         with pytest.raises(ConnectionError, match=name[:20]):
             listed("a.png", name)
+    with pytest.raises(ConnectionError, match="503"):  # of an archive too
+        survey(f"{web}/503.zip")
+    with pytest.raises(ValueError, match="cannot be read: the server answers 404"):
+        survey(f"{web}/404.zip")
 
 
 def test_sources_that_are_not_there_are_said_in_one_line(tmp_path: Path) -> None:
     for name in ("a.zip", "a.tar", "a.tar.gz", "a.csv", "a.parquet", "a.npz"):
-        with pytest.raises(ValueError, match="no such file or folder"):
+        with pytest.raises(ValueError, match="cannot be read: No such file"):
             survey(str(tmp_path / name))
 
 
