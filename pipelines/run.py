@@ -401,8 +401,8 @@ def _drop(run: Run, stage: str) -> None:
 def refuse_contradictions(run: Run, options: RunOptions, name: str = "", only_before: bool = False) -> None:
     """Raise UserError when an option differs from the one that a stage of the run was made with.
 
-    With `only_before` only the stages before `name` count, which is done over, or done for another folder. A search for weights binds itself alone, to its end:
-    what it found may be taken or left.
+    With `only_before` only the stages before `name` count: `name` itself is done over, or done for another folder.
+    A search for weights binds itself alone, to its end: what it found may be taken or left.
     """
     table = json.loads(json.dumps(flat(options), default=str))
     for stage in list(WRITES)[: list(WRITES).index(name) if name and only_before else None]:
