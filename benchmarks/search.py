@@ -32,6 +32,7 @@ from cae.judgement import draw_donors, judge
 from pipelines import run as runs
 from pipelines.bulk import read_images, read_table
 from pipelines.cluster import connect
+from pipelines.command_line import parse
 from pipelines.run import Run
 from pipelines.train import TrainOptions, fit
 from pipelines.tune import MEASURES
@@ -94,7 +95,7 @@ def main(options: Options) -> None:
     run.result("tune")
     with run.fs.open(run.path("tune", "best.json")) as file:
         found = json.load(file)
-    common = runs.parse(TrainOptions, ["--run", run.folder, "--threads", str(options.threads)])
+    common = parse(TrainOptions, ["--run", run.folder, "--threads", str(options.threads)])
     connect()
     mlflow.set_tracking_uri(run.state["tracking_uri"])
     mlflow.set_experiment(common.experiment)

@@ -24,7 +24,8 @@ import torch
 
 from cae.images import Fit, UnreadableImage, decode
 from pipelines.cluster import cores, gpus_of, threads_for
-from pipelines.run import Run, RunOptions, UserError
+from pipelines.mistakes import UserError
+from pipelines.run import Run, RunOptions
 
 Unit = dict[str, Any]
 Worker = Callable[[Unit], pa.Table]

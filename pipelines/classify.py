@@ -25,7 +25,9 @@ from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import Unit, batches, bulk, decode_all, read_images, read_table, read_unit, shard_units, split_of
 from pipelines.cluster import connect, device_of, enter_loop, fit_torch, last_checkpoint, place, report
-from pipelines.run import Run, UserError
+from pipelines.command_line import command
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 from pipelines.shard import ShardOptions, read_index
 
 
@@ -179,4 +181,4 @@ def main(options: ClassifyOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command(ClassifyOptions, main)
+    command(ClassifyOptions, main)

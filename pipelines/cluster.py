@@ -20,7 +20,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from cae.config import ModelConfig
 from cae.networks import memory_format
 from pipelines import tracking
-from pipelines.run import Run, RunOptions, UserError
+from pipelines.mistakes import UserError
+from pipelines.run import Run, RunOptions
 
 # Of glibc, for processes that train: freed memory is kept. Blocks of many megabytes are else given back to the system
 # and taken anew at every step, page by page (benchmarks/README.md).

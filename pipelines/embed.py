@@ -29,6 +29,7 @@ from pipelines.bulk import (
     write_table,
 )
 from pipelines.cluster import connect, device_of, place
+from pipelines.command_line import command
 from pipelines.run import Run
 from pipelines.train import TrainOptions
 
@@ -140,4 +141,4 @@ def main(options: EmbedOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command(EmbedOptions, main)
+    command(EmbedOptions, main)

@@ -22,6 +22,7 @@ from pipelines import run as runs
 from pipelines import tables, tracking
 from pipelines.bulk import Unit, bulk, read_table, read_unit, shard_units
 from pipelines.cluster import connect, device_of
+from pipelines.command_line import command
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.measure import MeasureWorker
 from pipelines.report import write_report
@@ -254,4 +255,4 @@ def main(options: EvaluateOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command(EvaluateOptions, main)
+    command(EvaluateOptions, main)

@@ -25,9 +25,11 @@ from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, read_part, read_table, shard_units
 from pipelines.cluster import connect, device_of
+from pipelines.command_line import command
 from pipelines.embed import EmbedOptions
 from pipelines.maps import ArchiveWorker, ExplainWorker
-from pipelines.run import Run, UserError
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 from pipelines.ways import read_medoids, read_ways
 
 DEFAULT_SPLITS = ("val", "test", "archive")
@@ -234,4 +236,4 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command(ArchiveOptions, run_archive)
+    command(ArchiveOptions, run_archive)

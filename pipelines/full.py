@@ -19,7 +19,9 @@ import tyro
 
 from pipelines import classify, embed, evaluate, explain, shard, train, tune
 from pipelines import run as runs
-from pipelines.run import Run, UserError
+from pipelines.command_line import command
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 
 STAGES: dict[str, Callable[[Any], Any]] = {
     "shard": shard.main,
@@ -76,4 +78,4 @@ def main(options: FullOptions) -> None:
 
 
 if __name__ == "__main__":
-    runs.command(FullOptions, main)
+    command(FullOptions, main)

@@ -7,31 +7,23 @@ last, so a killed run goes on at the stage it was in.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 import fsspec
-import torch
-import tyro
 
 from cae.blackboxes import TRUSTED
-from cae.config import PRESETS, LossWeights, Preset, TrainConfig
+from cae.config import Preset
 from pipelines import tracking
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend; shown as one line without a traceback."""
+from pipelines.mistakes import UserError, mistake
 
 
 @dataclass(frozen=True)
@@ -73,11 +65,6 @@ class RunOptions:
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
 FREE = {"run", "tracking_uri", "experiment", "device", "workers", "threads", "trust_pickle", "stages", "again", "best"}
-# Of this call only, not to be the next one's defaults.
-FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
-# Least values of options that no other part looks at before hours of work.
-LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1,
-         "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1}  # fmt: skip
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),
@@ -88,8 +75,6 @@ WRITES = {
     "explain": ("explanations",),
     "evaluate": ("evaluation/images", "evaluation/times", "figures"),
 }
-UNREACHABLE = (ConnectionError, TimeoutError)  # a server, of images or of a classifier
-OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
 class Run:
@@ -157,163 +142,6 @@ class Run:
         return self.done(stage) or (bool(state) and not state.get("mistake") and left)
 
 
-def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> OptionsT:
-    """Options from the command line, on top of what the run folder holds, on top of the preset.
-
-    So `--help` shows the values that would be used, and a later stage needs only `--run`.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    dataset, preset, folder, best = (_peek(argv, name) for name in ("dataset", "preset", "run", "weights"))
-    if preset is None:
-        preset = "standard" if torch.cuda.is_available() else "quick"
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    if folder is None and dataset:
-        base = os.environ.get("CAE_RUNS") or _local_base()
-        folder = f"{base.rstrip('/')}/{Path(dataset.rstrip('/')).stem}-{preset}"
-    if folder and "://" not in folder:
-        folder = os.path.abspath(os.path.expanduser(folder))
-    stored = Run(folder).state["options"] if folder else {}
-    stored = {name: value for name, value in stored.items() if name not in FORGOTTEN}
-    # What a run of an older version does not name is as it was then: off, as the authors have it.
-    for name, group in dataclasses.asdict(PRESETS["paper"]).items():
-        if name in stored:
-            stored[name] = group | stored[name]
-    # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
-    if best:  # and before that, what a search found
-        stored |= {name: stored.get(name, {}) | values for name, values in read_best(best).items()}
-    default = _from_dict(
-        options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)
-    )
-    options = tyro.cli(options_class, args=argv, default=default, config=(tyro.conf.AvoidSubcommands,))
-    if not options.dataset:
-        if stored or not folder:
-            raise UserError("which data? say --dataset synthetic, another name or a path (see --help)")
-        raise UserError(f"{folder} is no run folder yet: say --dataset NAME or PATH to begin one, or another --run")
-    table = flat(options)
-    for name, least in LEAST.items():
-        if table.get(name, least) < least:
-            raise UserError(f"--{name} is {table[name]}: it must be {least} at least")
-    size = table.get("image_size", 32)
-    if size % 4 or size < 32:
-        raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")
-    dataset = options.dataset.rstrip("/") or options.dataset
-    folder = folder or options.run
-    return dataclasses.replace(options, run=folder, tracking_uri=_tracking_uri(options, folder), dataset=dataset)
-
-
-def _tracking_uri(options: RunOptions, folder: str) -> str:
-    """Where to track, as workers that stand elsewhere find it; "" for beside the run folder."""
-    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri and "://" in folder:
-        uri = f"sqlite:///{_local_base()}/mlflow.db"
-    if urlsplit(uri).password:
-        raise UserError(
-            "--tracking-uri holds a password, which run.json would show: take it out and set MLFLOW_TRACKING_USERNAME "
-            "and MLFLOW_TRACKING_PASSWORD (for a PostgreSQL database: PGPASSWORD)"
-        )
-    if uri.startswith("sqlite:///"):
-        uri = "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
-    return uri
-
-
-def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> None:
-    """The command line of a stage: parse, run, and show a user's mistake as one line."""
-    try:
-        main(parse(options_class))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
-    except Exception as error:
-        if os.environ.get("CAE_TRACEBACK"):
-            raise
-        reason = user_error(error)
-        if reason is None:
-            raise
-        sys.exit(f"error: {reason}")
-
-
-def user_error(error: BaseException) -> str | None:
-    """The one-line reason when an error, or what caused it in a worker, is the user's to mend; else None."""
-    mistake = _mistake(error)
-    if _of_s3(mistake):
-        return f"S3: {mistake}"
-    if isinstance(mistake, UNREACHABLE):
-        return f"no connection: {' '.join(str(mistake).split())}; the same command goes on from here"
-    if isinstance(mistake, OSError):
-        return f"{mistake.strerror}: {mistake.filename or 'the run folder'}"
-    if mistake is None:
-        return None
-    return tracking.failure(mistake) or str(mistake)
-
-
-def _mistake(error: BaseException | None) -> BaseException | None:
-    """Of an error and what caused it, in a worker perhaps, the one that the user can mend, if any."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            return error
-        if isinstance(error, UNREACHABLE):
-            return error
-        if tracking.failure(error) or _of_s3(error):
-            return error
-        # Pillow's, torch's and our own ValueErrors look alike; ours fit one line.
-        if isinstance(error, ValueError) and "\n" not in str(error):
-            return error
-        failures = getattr(error, "worker_failures", None)
-        error = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
-    return None
-
-
-def _of_s3(error: BaseException | None) -> bool:
-    """Whether S3 refused, or could not be asked: no credentials, no connection, no such bucket."""
-    return type(error).__module__ == "botocore.exceptions"
-
-
-def read_best(path: str) -> dict[str, dict[str, Any]]:
-    """What a search found, by the options that hold it: `weights`, and of `train` what was searched too."""
-    try:
-        with fsspec.open(path) as file:
-            best = json.load(file)
-        for name, known in (("weights", LossWeights()), ("train", TrainConfig())):
-            dataclasses.replace(known, **best[name])
-        return {name: best[name] for name in ("weights", "train")}
-    except OSError as error:
-        raise UserError(f"--weights {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--weights {path} is no best.json of tune.py, or of another version") from error
-
-
-def _peek(argv: list[str], name: str) -> str | None:
-    for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    return None
-
-
-def _local_base() -> str:
-    # Ray unpacks a job's working folder into a place that it deletes again.
-    return os.path.expanduser("~/cae-runs") if "runtime_resources" in os.getcwd() else "runs"
-
-
-def _from_dict(cls: type, stored: dict[str, Any], preset: Preset) -> Any:
-    """An options object: stored values where there are any, else the preset's, else the class's own defaults."""
-    row = PRESETS[preset]
-    values, hints = {}, get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            base = getattr(row, field.name, None) or hints[field.name]()
-            # JSON has no tuples.
-            kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.get(field.name, {}).items()}
-            values[field.name] = dataclasses.replace(base, **kept)
-        elif field.name in stored:
-            kept = stored[field.name]
-            values[field.name] = tuple(kept) if isinstance(kept, list) else kept
-    return cls(**values)
-
-
 def flat(options: RunOptions) -> dict[str, Any]:
     """Options as one flat table: flag name -> value."""
     return _flat(dataclasses.asdict(options))
@@ -362,7 +190,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
                 {f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)}
             )
     except Exception as error:
-        if isinstance(_mistake(error), ValueError):  # the options that led here must not become the defaults
+        if isinstance(mistake(error), ValueError):  # the options that led here must not become the defaults
             run.state["options"] = options_before
             run.state["stages"][name]["mistake"] = True
             run.save()

@@ -18,12 +18,15 @@ import pyarrow.parquet as pq
 
 from cae import classifiers, data, images, sources, synthetic
 from cae.blackboxes import resolve
+from cae.config import PRESETS
 from cae.data import Item
 from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, write_table
 from pipelines.cluster import connect
-from pipelines.run import Run, RunOptions, UserError
+from pipelines.command_line import command
+from pipelines.mistakes import UserError
+from pipelines.run import Run, RunOptions
 
 SCHEMA = pa.schema(
     {
@@ -68,7 +71,7 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
     """Write the shards of the data set; returns classes, counts and digest."""
     connect()
     if options.dataset == "synthetic":
-        config = synthetic.Synthetic(options.images, runs.PRESETS[options.preset].model.image_size,
+        config = synthetic.Synthetic(options.images, PRESETS[options.preset].model.image_size,
                                      options.classes, options.shortcut, options.seed)  # fmt: skip
         names, units, source = list(config.class_names), _ranges(options.images), "synthetic"
         arguments: dict[str, Any] = {"config": config}
@@ -222,4 +225,4 @@ def main(options: ShardOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.command(ShardOptions, main)
+    command(ShardOptions, main)

@@ -30,7 +30,9 @@ from pipelines import tracking
 from pipelines.bulk import read_images, read_table
 from pipelines.classify import ClassifyOptions
 from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, train_workers
-from pipelines.run import Run, UserError
+from pipelines.command_line import command
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 
 PREVIEWS = 10  # looks at held-out images, and checkpoints, over a training; one takes a few seconds, so
 PREVIEW_STEPS = 100  # at least so many steps lie between two
@@ -264,4 +266,4 @@ def main(options: TrainOptions) -> dict[str, Any]:
 if __name__ == "__main__":
     import pipelines.train as itself  # other processes find its functions by this name, not in __main__
 
-    runs.command(itself.TrainOptions, itself.main)
+    command(itself.TrainOptions, itself.main)

@@ -26,8 +26,10 @@ from cae import search_plots
 from pipelines import run as runs
 from pipelines import tracking
 from pipelines.cluster import connect, cores, gpus_of, threads_for, train_workers
+from pipelines.command_line import command, read_best
+from pipelines.mistakes import UserError, user_error
 from pipelines.report import png
-from pipelines.run import Run, UserError
+from pipelines.run import Run
 from pipelines.train import TrainOptions, fit
 
 WEIGHTS = ("recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "adv2", "cla2")  # lambda 1-6, phi 1-2
@@ -98,7 +100,7 @@ def search(run: Run, options: TuneOptions) -> dict[str, Any]:
 
 def best_of(run: Run, options: OptionsT) -> OptionsT:
     """The options with what the run's finished search found in place of what it started from."""
-    found = runs.read_best(run.path("tune", "best.json"))
+    found = read_best(run.path("tune", "best.json"))
     return replace(
         options, weights=replace(options.weights, **found["weights"]), train=replace(options.train, **found["train"])
     )
@@ -223,7 +225,7 @@ def _reason(error: Exception | None) -> str:
     """Why a trial failed, in one line."""
     if error is None:
         return "unknown"
-    return runs.user_error(error) or str(error).strip().splitlines()[-1][:300]
+    return user_error(error) or str(error).strip().splitlines()[-1][:300]
 
 
 # --- What it found ----------------------------------------------------------------------------------------------------
@@ -307,4 +309,4 @@ def main(options: TuneOptions) -> dict[str, Any]:
 if __name__ == "__main__":
     import pipelines.tune as itself  # other processes find its functions by this name, not in __main__
 
-    runs.command(itself.TuneOptions, itself.main)
+    command(itself.TuneOptions, itself.main)

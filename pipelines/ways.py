@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from cae.manifold import TrainingCodes
 from pipelines.bulk import matrix, read_table
 from pipelines.embed import CANDIDATES
-from pipelines.run import Run, UserError
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 
 if TYPE_CHECKING:
     from pipelines.explain import ExplainOptions

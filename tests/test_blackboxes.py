@@ -32,7 +32,9 @@ from cae.peers.grad_cam import grad_cam
 from cae.training import Trainer
 from pipelines import explain as explain_stage
 from pipelines import train as train_stage
-from pipelines.run import Run, UserError, parse
+from pipelines.command_line import parse
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 
 torch.set_num_threads(1)
 CLASSES = ("bird", "cat", "dog")

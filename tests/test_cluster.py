@@ -50,7 +50,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 import ray
 from pipelines import cluster as ours
-from pipelines.run import RunOptions, UserError
+from pipelines.mistakes import UserError
+from pipelines.run import RunOptions
 from ray.cluster_utils import Cluster
 
 memory = {"object_store_memory": 100_000_000}

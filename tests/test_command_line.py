@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from PIL import Image
 from cae.config import PRESETS
 from pipelines import full, shard
 from pipelines import run as runs
-from pipelines.run import Run, RunOptions, UserError
+from pipelines.command_line import parse
+from pipelines.mistakes import UserError
+from pipelines.run import Run, RunOptions
 
 
 def mistake(*words: str, script: str = "full.py", **env: str) -> str:
@@ -76,9 +79,9 @@ def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) ->
         ("--smooth", "-1"): "--smooth is -1", ("--draws", "0"): "--draws is 0",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=says):
-            runs.parse(full.FullOptions, ["--dataset", "synthetic", "--run", str(tmp_path / "r"), *words])
+            parse(full.FullOptions, ["--dataset", "synthetic", "--run", str(tmp_path / "r"), *words])
     given = ["--dataset", "a/b/", "--run", str(tmp_path / "r"), "--tracking-uri", "sqlite:///here.db"]
-    options = runs.parse(full.FullOptions, given)
+    options = parse(full.FullOptions, given)
     assert options.tracking_uri == f"sqlite:///{Path.cwd()}/here.db" and options.dataset == "a/b"
 
 
@@ -95,7 +98,7 @@ def test_help_teaches_and_shows_the_preset_s_values() -> None:
 
 def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    first = runs.parse(
+    first = parse(
         full.FullOptions,
         ["--dataset", "synthetic", "--run", folder, "--pairs", "77", "--splits", "val", "--threads", "3"],
     )
@@ -103,17 +106,17 @@ def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path
     assert (first.train.pairs, first.splits, first.model) == (77, ("val",), PRESETS["quick"].model)
     assert first.resnet == PRESETS["quick"].resnet
     run = Run(folder)
-    run.state["options"] = runs.dataclasses.asdict(first)
+    run.state["options"] = dataclasses.asdict(first)
     run.save()
-    again = runs.parse(full.FullOptions, ["--run", folder, "--batch", "4"])
+    again = parse(full.FullOptions, ["--run", folder, "--batch", "4"])
     assert (again.train.pairs, again.train.batch, again.splits, again.dataset) == (77, 4, ("val",), "synthetic")
     assert again.threads == 0  # how a call is run is its own affair
     # A run of a version that did not know an option yet goes on without it, whatever the preset says now.
     del run.state["options"]["model"]["detail"], run.state["options"]["train"]["recon_warm_up"]
     run.save()
-    older = runs.parse(full.FullOptions, ["--run", folder])
+    older = parse(full.FullOptions, ["--run", folder])
     assert PRESETS["quick"].model.detail and not older.model.detail and older.train.recon_warm_up == 0
-    stage = runs.parse(shard.ShardOptions, ["--run", folder])
+    stage = parse(shard.ShardOptions, ["--run", folder])
     assert stage.dataset == "synthetic"
 
 
@@ -132,7 +135,7 @@ def test_options_that_failed_are_free_and_those_of_stopped_work_are_not(tmp_path
 
     with pytest.raises(UserError, match="no such thing"):
         stage(folder, begin, preset="paper")
-    assert part.read_text() == "paper" and runs.parse(RunOptions, ["--run", str(folder), "--dataset", "x"])
+    assert part.read_text() == "paper" and parse(RunOptions, ["--run", str(folder), "--dataset", "x"])
     assert "preset" not in Run(str(folder)).state["options"]  # not to be a default
     with pytest.raises(KeyboardInterrupt):
         stage(folder, begin)

@@ -25,8 +25,9 @@ from conftest import ROOT, TINY, blob
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from pipelines import run as runs
-from pipelines.run import Run, RunOptions, UserError
+from pipelines.command_line import command
+from pipelines.mistakes import UserError
+from pipelines.run import Run, RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -179,4 +180,4 @@ def test_s3_out_of_reach_is_one_line(change: dict[str, str | None], says: str, h
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["shard.py", "--dataset", "synthetic", "--run", "s3://cae/runs/none"])
     with pytest.raises(SystemExit, match=f"^error: {says}"):
-        runs.command(RunOptions, lambda options: Run(options.run).save())
+        command(RunOptions, lambda options: Run(options.run).save())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -22,8 +23,9 @@ from matplotlib.text import Text
 from cae import search_plots
 from cae.config import PRESETS, LossWeights
 from pipelines import full, train, tune
-from pipelines import run as runs
-from pipelines.run import Run, UserError
+from pipelines.command_line import parse
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 from pipelines.tune import TuneOptions
 
 LAMBDA_AND_PHI = {"recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "adv2", "cla2"}
@@ -135,20 +137,20 @@ def test_weights_of_a_file_go_before_the_preset_s_and_after_the_command_line_s(t
     best, folder = tmp_path / "best.json", str(tmp_path / "run")
     best.write_text(json.dumps({"weights": {"recon_x": 3.5, "adv1": 0.25}, "train": {"lr": 5e-4}}))
     given = ["--dataset", "synthetic", "--run", folder, "--preset", "quick"]
-    options = runs.parse(train.TrainOptions, [*given, "--weights", str(best), "--adv1", "2"])
+    options = parse(train.TrainOptions, [*given, "--weights", str(best), "--adv1", "2"])
     assert options.weights == replace(PRESETS["quick"].weights, recon_x=3.5, adv1=2.0)
     assert options.train == replace(PRESETS["quick"].train, lr=5e-4)
     run = Run(folder)
-    run.state["options"] = json.loads(json.dumps(runs.dataclasses.asdict(options)))
+    run.state["options"] = json.loads(json.dumps(dataclasses.asdict(options)))
     run.save()
     best.unlink()
-    assert runs.parse(full.FullOptions, ["--run", folder]).weights == options.weights  # kept by value
+    assert parse(full.FullOptions, ["--run", folder]).weights == options.weights  # kept by value
     for text in ("{}", "[1]", "no json", '{"weights": {"recon_z": 1}, "train": {}}'):
         best.write_text(text)
         with pytest.raises(UserError, match=r"--weights .*best\.json is no best\.json"):
-            runs.parse(train.TrainOptions, [*given, "--weights", str(best)])
+            parse(train.TrainOptions, [*given, "--weights", str(best)])
     with pytest.raises(UserError, match="No such file"):
-        runs.parse(train.TrainOptions, [*given, "--weights", str(tmp_path / "none.json")])
+        parse(train.TrainOptions, [*given, "--weights", str(tmp_path / "none.json")])
 
 
 # --- a real search

@@ -15,11 +15,12 @@ from cae import classifiers, training
 from cae.explain import explain
 from cae.images import decode, to_tensor
 from cae.manifold import TrainingCodes
-from pipelines import run as runs
 from pipelines.bulk import read_table, shard_units
+from pipelines.command_line import parse
 from pipelines.explain import ExplainOptions, path_options, read_counter_codes
 from pipelines.maps import ExplainWorker, choose_targets
-from pipelines.run import Run, UserError
+from pipelines.mistakes import UserError
+from pipelines.run import Run
 from pipelines.ways import Ways, read_medoids, read_ways
 
 rng = np.random.default_rng(0)
@@ -94,7 +95,7 @@ def test_targets() -> None:
 
 
 def options(folder: Path, *words: str) -> ExplainOptions:
-    return runs.parse(ExplainOptions, ["--run", str(folder), *words])
+    return parse(ExplainOptions, ["--run", str(folder), *words])
 
 
 def rows_of(folder: Path, *words: str) -> pd.DataFrame:
