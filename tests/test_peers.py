@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cae.classifiers import BlackBox, ResNet, load, save
-from cae.config import PRESETS, ClassifierConfig
+from cae.classifiers import BlackBox
+from cae.config import PRESETS
 from cae.networks import CAE
 from cae.peers import controls
-from cae.peers.full_grad import full_grad, full_gradients, simple_full_grad, smooth_full_grad
+from cae.peers.full_grad import full_grad, simple_full_grad, smooth_full_grad
 from cae.peers.grad_cam import grad_cam
 from cae.peers.integrated_gradients import integrated_gradients
 from cae.peers.latent_shift import latent_shift
-from cae.peers.lime import lime, superpixels
+from cae.peers.lime import lime
 from cae.peers.occlusion import occlusion
 from cae.peers.rise import random_masks, rise
 from cae.peers.table import peers
@@ -91,6 +89,38 @@ class Linear(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images).mean((2, 3)))
+
+
+class LinearProbability(nn.Module):
+    """p(class 1) = 0.5 + sum of weight * x, p(class 0) = 1 - p(class 1). Remembers what it was asked."""
+
+    def __init__(self, height: int = 12, width: int = 16, power: int = 1) -> None:
+        super().__init__()
+        weight = torch.rand((3, height, width), generator=torch.Generator().manual_seed(7)) - 0.5
+        self.weight = weight * 0.8 / weight.abs().sum()  # so p is within 0.1 and 0.9
+        self.power = power
+        self.asked: list[Tensor] = []
+
+    def probability(self, x: Tensor) -> Tensor:
+        return 0.5 + (x * self.weight).sum((1, 2, 3)).sign() * (x * self.weight).sum((1, 2, 3)).abs() ** self.power
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked.append(x)
+        p = self.probability(x)
+        return torch.stack((1 - p, p), 1).log()
+
+
+class LinearLogits(nn.Module):
+    """Logits sum of weight * x + bias, for three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(9)
+        self.weight = torch.randn((3, 3, 12, 16), generator=rng) / 10
+        self.bias = torch.tensor([0.3, -0.2, 1.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bchw,kchw->bk", x, self.weight) + self.bias
 
 
 def upsampled(coarse: Tensor, height: int, width: int) -> Tensor:
@@ -248,168 +278,6 @@ def test_draws_belong_to_the_seed_alone(name: str) -> None:
     assert ((method(box, images, target, seed=2) - maps).flatten(1).abs().amax(1) > 1e-4).all()
 
 
-class LinearProbability(nn.Module):
-    """p(class 1) = 0.5 + sum of weight * x, p(class 0) = 1 - p(class 1). Remembers what it was asked."""
-
-    def __init__(self, height: int = 12, width: int = 16, power: int = 1) -> None:
-        super().__init__()
-        weight = torch.rand((3, height, width), generator=torch.Generator().manual_seed(7)) - 0.5
-        self.weight = weight * 0.8 / weight.abs().sum()  # so p is within 0.1 and 0.9
-        self.power = power
-        self.asked: list[Tensor] = []
-
-    def probability(self, x: Tensor) -> Tensor:
-        return 0.5 + (x * self.weight).sum((1, 2, 3)).sign() * (x * self.weight).sum((1, 2, 3)).abs() ** self.power
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.asked.append(x)
-        p = self.probability(x)
-        return torch.stack((1 - p, p), 1).log()
-
-
-class LinearLogits(nn.Module):
-    """Logits sum of weight * x + bias, for three classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        rng = torch.Generator().manual_seed(9)
-        self.weight = torch.randn((3, 3, 12, 16), generator=rng) / 10
-        self.bias = torch.tensor([0.3, -0.2, 1.0])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bchw,kchw->bk", x, self.weight) + self.bias
-
-
-# FullGrad
-
-
-def black_boxes(folder: Path, case: str) -> BlackBox:
-    torch.manual_seed(2)
-    net = ResNet("resnet18", 3, "small")
-    scramble(net)
-    if case == "folded":
-        config = ClassifierConfig(arch="resnet18", stem="small")
-        save(str(folder / "box"), BlackBox(net, ("a", "b", "c")), config)
-        return load(str(folder / "box"))
-    if case == "plain":
-        return BlackBox(net, ("a", "b", "c")).eval().requires_grad_(False)
-    imagenet: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    return BlackBox(net, ("a", "b", "c"), **imagenet, input_size=48).eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("case", ["plain", "folded", "normalised and resized"])
-def test_full_gradients_are_complete(tmp_path: Path, case: str) -> None:
-    box, images, target = black_boxes(tmp_path, case), pictures(3, 32, 32), torch.tensor([2, 0, 1])
-    terms = full_gradients(box, images, target)
-    logit = box(images)[torch.arange(3), target]
-    torch.testing.assert_close(terms.logit, logit, rtol=1e-4, atol=0)
-    inputs = terms.input.sum((1, 2, 3))
-    biases = torch.stack([term.flatten(1).sum(1) for term in terms.bias_terms()])  # (layers, B)
-    torch.testing.assert_close(inputs + biases.sum(0), logit, rtol=1e-4, atol=0)
-    assert len(biases) == 21 and (biases.abs() > 1e-3 * logit.abs().max()).any(1).sum() > 10  # none can be left out
-    assert (inputs.abs() > 1e-3 * logit.abs()).all()
-
-
-def test_full_grad_is_the_same_after_folding(tmp_path: Path) -> None:
-    plain, folded = black_boxes(tmp_path, "plain"), black_boxes(tmp_path, "folded")
-    assert any(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    images, target = pictures(2, 32, 32), torch.tensor([2, 0])
-    for method in (full_grad, simple_full_grad):
-        maps = method(plain, images, target)
-        torch.testing.assert_close(method(folded, images, target), maps, rtol=1e-3, atol=1e-3 * float(maps.max()))
-
-
-class TwoLayers(nn.Module):
-    """A convolution, ReLU, another that is smaller, norm over places, mixed; biases may be given per place.
-
-    The norm is homogeneous of degree 1, as FullGrad needs, and unlike an average's its gradient varies over places.
-    Remembers what it was asked.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.second = nn.Conv2d(4, 2, 3, stride=2)
-        self.mix = torch.tensor([[1.0, 0.6], [-0.7, 1.0]])  # so that no channel's gradient is 0
-        self.asked: list[Tensor] = []
-
-    def forward(self, x: Tensor, *biases: Tensor) -> Tensor:
-        self.asked.append(x.detach())
-        if biases:
-            y = torch.relu(nn.functional.conv2d(x, self.first.weight, padding=1) + biases[0])
-            return (nn.functional.conv2d(y, self.second.weight, stride=2) + biases[1]).square().sum(
-                (2, 3)
-            ).sqrt() @ self.mix
-        return self.second(self.first(x).relu_()).square().sum((2, 3)).sqrt() @ self.mix
-
-
-def psi(terms: list[Tensor]) -> Tensor:
-    """The map (12, 16) of one image's terms (C, h, w), channel by channel; corners lie on each other."""
-
-    def takes(large: int, size: int) -> Tensor:
-        place = [i * (size - 1) / (large - 1) for i in range(large)]
-        return torch.tensor([[max(0, 1 - abs(at - j)) for j in range(size)] for at in place])
-
-    heat = torch.zeros(12, 16)
-    for term in terms:
-        scaled = (term.abs() - term.abs().min()) / (term.abs().max() - term.abs().min())
-        for channel in scaled:
-            heat += takes(12, channel.shape[0]) @ channel @ takes(16, channel.shape[1]).T
-    return heat
-
-
-def test_full_grad_and_simple_are_their_slow_definitions() -> None:
-    net, images, target = TwoLayers().eval().requires_grad_(False), pictures(2), torch.tensor([1, 0])
-    for simple, method in ((False, full_grad), (True, simple_full_grad)):
-        maps = method(net, images, target)
-        for i in range(2):
-            given = [images[i].clone().requires_grad_()]
-            for layer, size in ((net.first, (12, 16)), (net.second, (5, 7))):
-                given.append(layer.bias[:, None, None].expand(-1, *size).clone().requires_grad_())
-            logit = net(given[0][None], *[bias[None] for bias in given[1:]])[0, target[i]]
-            torch.testing.assert_close(logit, net(images[i : i + 1])[0, target[i]])
-            gradients = torch.autograd.grad(logit, given)
-            terms = [value.detach() * gradient for value, gradient in zip(given, gradients, strict=True)]
-            expected = psi([terms[0], *gradients[1:]] if simple else terms)
-            torch.testing.assert_close(maps[i], expected, rtol=1e-3, atol=1e-3)
-
-
-def test_smooth_full_grad_without_noise_is_simple_and_averages_with_it() -> None:
-    net, images, target = TwoLayers().eval().requires_grad_(False), pictures(2), torch.tensor([0, 1])
-    images[1] *= 0.1
-    simple, full = simple_full_grad(net, images, target), full_grad(net, images, target)
-    torch.testing.assert_close(smooth_full_grad(net, images, target, noise=0), simple)
-    torch.testing.assert_close(smooth_full_grad(net, images, target, noise=0, simple=False), full)
-    assert (full - simple).abs().max() > 0.1
-    for only_simple in (True, False):
-        net.asked.clear()
-        maps = smooth_full_grad(net, images, target, samples=30, noise=0.2, simple=only_simple)
-        asked = torch.stack(net.asked)  # (samples, B, 3, H, W)
-        draws = (asked - images) / torch.stack([image.max() - image.min() for image in images])[:, None, None, None]
-        assert len(draws) == 30 and float(draws.std()) == pytest.approx(0.2, rel=0.05) and abs(draws.mean()) < 0.01
-        torch.testing.assert_close(draws[:, 0], draws[:, 1], atol=1e-5, rtol=1e-3)
-        assert (draws[0] - draws[1]).abs().max() > 0.1
-        all_terms = [full_gradients(net, noisy, target) for noisy in asked]
-        for i in range(2):
-            layers = [terms.gradients if only_simple else terms.bias_terms() for terms in all_terms]
-            each = [[terms.input, *more] for terms, more in zip(all_terms, layers, strict=True)]
-            means = [sum(term[i] for term in same) / 30 for same in zip(*each, strict=True)]
-            torch.testing.assert_close(maps[i], psi(means), rtol=1e-3, atol=1e-3)
-
-
-def test_full_grad_refuses_a_network_that_it_does_not_decompose() -> None:
-    images, target = pictures(), torch.tensor([0, 1, 0, 1])
-    torch.manual_seed(0)
-    for smooth in (nn.GELU(), nn.Sigmoid(), nn.GroupNorm(2, 4)):
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), smooth, nn.Flatten(), nn.Linear(4 * 140, 2)).requires_grad_(False)
-        for method in (full_grad, simple_full_grad, smooth_full_grad):
-            with pytest.raises(ValueError, match="leave out"):
-                method(net, images, target)
-        assert not any(module._forward_hooks for module in net.modules())
-
-
 # Integrated gradients and occlusion
 
 
@@ -473,75 +341,6 @@ def test_occlusion_has_a_default_and_refuses_gaps() -> None:
     for window, stride in ((3, 4), (13, 2), (4, 0)):
         with pytest.raises(ValueError, match="stride <= window <= side"):
             occlusion(net, images, target, window=window, stride=stride)
-
-
-# LIME
-
-
-def test_superpixels_are_the_grid_where_nothing_is_seen_and_follow_edges() -> None:
-    flat = torch.zeros(1, 3, 24, 32)
-    cells = torch.arange(24)[:, None] // 8 * 4 + torch.arange(32) // 8
-    assert torch.equal(superpixels(flat, 12)[0], cells)
-    # The edge is in no cell's border: superpixels must move to it.
-    halves = flat.clone()
-    halves[:, :, :, 13:] = 0.9
-    labels = superpixels(torch.cat((halves, flat)), 12)
-    assert not set(labels[0, :, :13].unique().tolist()) & set(labels[0, :, 13:].unique().tolist())
-    assert torch.equal(labels[1], cells)  # whatever else is in the batch
-    assert labels[0].unique().tolist() == list(range(int(labels[0].max()) + 1)) and labels[0].max() >= 7
-
-
-def test_superpixels_trade_colour_against_place() -> None:
-    images = 0.4 * pictures(1)
-    place = torch.stack(torch.meshgrid(torch.arange(12) / 4, torch.arange(16) / 4, indexing="ij"))  # in cells
-
-    def spread(values: Tensor, labels: Tensor) -> float:
-        parts = [values[:, labels == label] for label in labels.unique()]
-        return sum(float((part - part.mean(1, keepdim=True)).square().sum()) for part in parts) / labels.numel()
-
-    loose, usual, tight = (superpixels(images, 12, compactness)[0] for compactness in (0.02, 0.5, 10))
-    assert spread(place, loose) > 4 * spread(place, usual) and spread(images[0], loose) < 0.5 * spread(images[0], usual)
-    assert spread(images[0], usual) < spread(images[0], tight) and torch.equal(usual, superpixels(images, 12)[0])
-    cells = torch.arange(12)[:, None] // 4 * 4 + torch.arange(16) // 4
-    assert spread(place, tight) == pytest.approx(spread(place, cells), rel=0.05)
-
-
-def test_lime_on_a_linear_model_is_the_sum_over_each_superpixel() -> None:
-    net, images, target = LinearProbability(), pictures(3), torch.tensor([1, 0, 1])
-    labels = superpixels(images, 12)
-    for baseline in (0.2, None):
-        maps = lime(net, images, target, samples=80, number=12, ridge=1e-6, baseline=baseline)
-        for i in range(3):
-            for label in labels[i].unique():
-                inside = labels[i] == label
-                pixels = images[i][:, inside]
-                fill = pixels.mean(1, keepdim=True) if baseline is None else baseline
-                expected = (net.weight[:, inside] * (pixels - fill)).sum() * (1 if target[i] == 1 else -1)
-                torch.testing.assert_close(maps[i][inside], expected.expand(int(inside.sum())), rtol=1e-3, atol=2e-5)
-
-
-def test_lime_is_the_slow_weighted_ridge_regression() -> None:
-    net, images = LinearProbability(power=2), pictures(1)
-    labels = superpixels(images, 12)[0]
-    net.weight = net.weight.sign() * 0.1 / math.sqrt(labels.numel())
-    maps = lime(net, images, torch.tensor([1]), samples=100, number=12, baseline=1.5, batch=30)
-    assert max(len(asked) for asked in net.asked) <= 30
-    asked = torch.cat(net.asked)
-    assert len(asked) == 100
-    first = [(labels == i).nonzero()[0].tolist() for i in range(int(labels.max()) + 1)]
-    z = torch.stack([asked[:, 0, row, col] != 1.5 for row, col in first], 1).double()
-    for sample, kept in zip(asked, z, strict=True):
-        torch.testing.assert_close(sample, torch.where(kept[labels].bool(), images[0], 1.5))
-    assert (z[0] == 1).all() and 0.4 < z[1:].mean() < 0.6
-    ones = torch.ones_like(z)
-    distance = 1 - torch.cosine_similarity(z, ones)
-    weight = (-(distance**2) / 0.25**2).exp().sqrt()
-    p = net.probability(asked).double()
-    # With an intercept that is not penalised: least squares on what is left of the weighted means.
-    z_left, p_left = z - (weight[:, None] * z).sum(0) / weight.sum(), p - (weight * p).sum() / weight.sum()
-    normal = (z_left * weight[:, None]).T @ z_left + torch.eye(z.shape[1])
-    expected = torch.linalg.solve(normal, (z_left * weight[:, None]).T @ p_left)
-    torch.testing.assert_close(maps[0], expected[labels].float(), rtol=1e-3, atol=1e-5)
 
 
 # RISE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cae import checkpoint, training
 from cae.config import ClassHead, LossWeights, ModelConfig, TrainConfig
-from cae.images import to_array, to_tensor
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, WIDE, Discriminator
-from cae.training import Pairs, Trainer, disturb, draw_pairs, warm_up
+from cae.training import Pairs, Trainer, draw_pairs
 
 torch.set_num_threads(1)
 TINY = ModelConfig(
@@ -352,73 +350,7 @@ def test_memory_order_changes_no_number(width: int) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-# --- warm-up and the players' own rates
-
-
-def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None:
-    torch.manual_seed(0)
-    model = replace(TINY, disc_init="kaiming")
-    cae, discriminator = CAE(model), Discriminator(model, 2)
-    rest = [p.detach().clone() for part in (cae.individual_encoder, cae.decoder) for p in part.parameters()]
-    y = np.repeat([0, 1], [90, 10])
-    images = (
-        np.random.default_rng(0).integers(0, 90, (100, 32, 32, 3), dtype=np.uint8)
-        + 120 * y.astype(np.uint8)[:, None, None, None]
-    )
-    told: list[tuple[str, int, int]] = []
-    learned = warm_up(cae, discriminator, images, y, replace(TRAIN, warm_up=60), 0, lambda *words: told.append(words))
-    assert learned["class"] < 0.2 and math.isnan(learned["recon_x"])  # nats; knowing nothing costs 0.69
-    assert told == [("class", step, 60) for step in range(1, 61)]
-    x = to_tensor(images)
-    with torch.no_grad():
-        assert (discriminator(x)[:, 2:].argmax(1).numpy() == y).all()
-        codes = cae.encode(x)[0].numpy()
-    gap = np.linalg.norm(codes[y == 0].mean(0) - codes[y == 1].mean(0))
-    assert gap > 3 * np.linalg.norm(codes[y == 0].std(0))
-    for part, old in zip((p for m in (cae.individual_encoder, cae.decoder) for p in m.parameters()), rest, strict=True):
-        assert torch.equal(part, old)
-
-
-def test_warm_up_mirrors_as_often_as_pairs_are() -> None:
-    shades = np.linspace(0, 255, 32).astype(np.uint8)[None, None, :, None]
-    images, y = np.broadcast_to(shades, (8, 32, 32, 3)).copy(), np.repeat([0, 1], 4)
-    for flip, rising in ((0.0, 1.0), (1.0, 0.0), (0.5, 0.5)):
-        torch.manual_seed(0)
-        cae, seen = CAE(TINY), []
-        cae.individual_encoder.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
-        warm_up(cae, Discriminator(TINY, 2), images, y, replace(TRAIN, flip=flip, recon_warm_up=6), 0)
-        x = torch.cat(seen)
-        assert ((x[:, 0, 0, -1] > x[:, 0, 0, 0]).float().mean() - rising).abs() < 0.15
-
-
-def test_reconstruction_warm_up_teaches_images_and_leaves_the_rest() -> None:
-    torch.manual_seed(0)
-    cae, discriminator = CAE(replace(TINY, detail=True)), Discriminator(TINY, 2)
-    rest = [p.detach().clone() for part in (cae.class_encoder, discriminator) for p in part.parameters()]
-    x, y = toy_batch(0, 32)
-    images = to_array(x)
-    with torch.no_grad():
-        before = float((cae(x) - x).abs().mean())
-    config = replace(TRAIN, recon_warm_up=80)
-    learned = warm_up(cae, discriminator, images, y.numpy(), config, 0)
-    with torch.no_grad():
-        after = float((cae(x) - x).abs().mean())
-    assert math.isnan(learned["class"]) and learned["recon_x"] == pytest.approx(after, rel=0.3)
-    assert after < 0.1 < 0.3 < before
-    for part, old in zip((p for m in (cae.class_encoder, discriminator) for p in m.parameters()), rest, strict=True):
-        assert torch.equal(part, old)
-
-
-def test_disturbed_images_stay_near_and_each_is_its_own() -> None:
-    plane = torch.linspace(-0.5, 0.5, 32).expand(64, 3, 32, 32)
-    x, again = (disturb(plane, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(x, again) and x.abs().max() <= 1
-    assert len({image.mean().item() for image in x}) == 64
-    # Brightness moves the mean of a plane that is 0 in the middle, contrast by 0.2 of 1, geometry by its slope.
-    assert 0.1 < x.mean((1, 2, 3)).abs().max() < 0.15 + 0.2 + 0.1
-    slope = x[..., 8:24, 24].mean((1, 2)) - x[..., 8:24, 8].mean((1, 2))
-    plain = (plane[..., 24] - plane[..., 8]).mean()
-    assert 0.7 < slope.min() / plain < 0.9 and 1.1 < slope.max() / plain < 1.4
+# --- the players' own rates
 
 
 def test_players_and_the_class_encoder_may_learn_slower() -> None:
