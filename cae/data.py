@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 from fsspec import AbstractFileSystem
@@ -60,6 +61,8 @@ class Item:
     """Where it lies in that file, as `cae.sources` has it; empty: it is the whole file."""
     problem: str = ""
     """Why it cannot be read, where that is known already."""
+    version: str = field(default="", compare=False)
+    """Of a file in a folder: see `version_of`."""
 
 
 class DatasetMissing(ValueError):
@@ -192,13 +195,19 @@ def list_images(root: str) -> list[Item]:
     if not fs.isdir(base):
         raise ValueError(f"{root} is no folder; give a folder of images")
     base = base.rstrip("/")
-    names = sorted(name for path in fs.find(base) if may_be_image(name := path[len(base) + 1 :]))
+    found = {path[len(base) + 1 :]: info for path, info in fs.find(base, detail=True).items()}
+    names = sorted(filter(may_be_image, found))
     if not names:
         raise ValueError(f"{root} holds no images; expected SPLIT/CLASS/*, CLASS/* or a flat folder of image files")
     manifest = f"{base}/{MANIFEST}"
     layout = layout_of(names, fs.cat_file(manifest) if fs.isfile(manifest) else None, manifest)
     local = "file" in fs.protocol
-    return [layout.item(f"{base}/{name}" if local else fs.unstrip_protocol(f"{base}/{name}"), name) for name in names]
+    items = []
+    for name in names:
+        path = f"{base}/{name}"
+        item = layout.item(path if local else fs.unstrip_protocol(path), name)
+        items.append(dataclasses.replace(item, version=version_of(found[name])))
+    return items
 
 
 def assign_splits(items: Iterable[Item]) -> list[Item]:
@@ -335,6 +344,12 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     except (ImportError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{url} can't be opened: {reason}") from error
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """What tells that a file's content is another, of what a file system says of it: an object store's ETag, or the
+    size. Not the time: a copy is as good."""
+    return str(info.get("ETag") or info.get("size"))
 
 
 def may_be_image(name: str) -> bool:

@@ -34,6 +34,7 @@ from cae.data import (
     may_be_image,
     read_npz,
     text,
+    version_of,
 )
 from cae.images import UnreadableImage, encode_png, load_all
 
@@ -56,6 +57,9 @@ class Survey:
     """Class names, sorted; numbers by their size, unless they are names of folders."""
     splits: set[str | None]
     """The splits that are given, and None where an image has none."""
+    version: str = ""
+    """Another one where a file of the source has another content, as far as its size or ETag say so; those that a list
+    names are not asked."""
 
 
 def survey(source: str, rows: int = 256) -> Survey:
@@ -64,7 +68,9 @@ def survey(source: str, rows: int = 256) -> Survey:
     Raises ValueError, in one line, for a source that is none, is damaged as a whole, or holds nothing.
     """
     try:
-        return _survey_source(source, "" if _is_folder(source) else source.lower(), rows)
+        if _is_folder(source):
+            return _survey_source(source, "", rows)
+        return replace(_survey_source(source, source.lower(), rows), version=_version(source))
     except FileNotFoundError as error:
         raise ValueError(f"{source} cannot be read: {_why(error)}") from error
 
@@ -75,6 +81,13 @@ def _is_folder(source: str) -> bool:
         return os.path.isdir(source)
     fs, inner = filesystem(source)
     return not source.startswith(("http://", "https://")) and fs.isdir(inner)  # a web server tells of none
+
+
+def _version(source: str) -> str:
+    if "://" not in source:
+        return str(os.path.getsize(source))
+    fs, inner = filesystem(source)
+    return version_of(fs.info(inner))
 
 
 def _survey_source(source: str, kind: str, rows: int) -> Survey:
@@ -93,13 +106,15 @@ def _survey_source(source: str, kind: str, rows: int) -> Survey:
         return _survey_tables({source: ""}, rows)
     else:
         items = list_images(source)
+        version = hashlib.sha256("\n".join(item.version for item in items).encode()).hexdigest()
         # Beside tables, names with an underscore are those of notes on them: `_SUCCESS`, `_metadata`.
         tables = [item for item in items if not item.name.split("/")[-1].startswith("_")]
         if tables and all(item.name.endswith(".parquet") for item in tables):
             many = len(tables) > 1
-            return _survey_tables({item.path: f"{item.name}/" if many else "" for item in tables}, rows)
+            found = _survey_tables({item.path: f"{item.name}/" if many else "" for item in tables}, rows)
+            return replace(found, version=version)
         labels = sorted({item.label for item in items if item.label is not None})  # as torchvision sorts folders
-        return replace(_survey(items, _chunks(items, rows)), labels=labels)
+        return replace(_survey(items, _chunks(items, rows)), labels=labels, version=version)
     return _survey(items, _chunks(items, rows))
 
 

@@ -40,7 +40,7 @@ class ExplainOptions(EmbedOptions):
     """Which images to explain, towards what, and how."""
 
     splits: tuple[str, ...] = DEFAULT_SPLITS
-    """Splits to explain; add `train` to explain everything."""
+    """Splits of the run to explain; add `train` to explain everything. An `--archive` is explained whole."""
     targets: str = "runner-up"
     """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name
     (images of that class are then left out)."""
@@ -126,9 +126,9 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
     chosen = model.result("classify")
     options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
     _check(options, chosen["classes"])
-    pieces = sources.survey(options.archive, UNIT_ROWS).pieces
-    units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(pieces)]
-    _refuse_other(run, model, units)
+    found = sources.survey(options.archive, UNIT_ROWS)
+    units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
+    _refuse_other(run, model, repr((units, found.version)))
     _share_overlays(units, options.overlays)
     connect()
     bulk(run, options, "explain", units, ArchiveWorker, "explanations/_parts", **explainer(model, options))
@@ -166,9 +166,9 @@ def _share_overlays(units: list[Unit], overlays: int) -> None:
         overlays -= unit["overlays"]
 
 
-def _refuse_other(run: Run, model: Run, units: list[Unit]) -> None:
+def _refuse_other(run: Run, model: Run, archive: str) -> None:
     """Raise UserError when the folder has explanations of an archive, or by a model, that has changed since."""
-    listing = hashlib.sha256(repr(units).encode("utf-8", "surrogateescape"))
+    listing = hashlib.sha256(archive.encode("utf-8", "surrogateescape"))
     with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
         listing.update(file.read())
     if run.state.get("listing") != listing.hexdigest() and list_parts(run, "explanations"):

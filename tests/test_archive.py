@@ -15,10 +15,13 @@ import corpus
 import mlflow
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, blob, command, state
 
 from cae.images import encode_png
+from cae.sources import survey
 
 
 def explained(out: Path) -> pd.DataFrame:
@@ -93,6 +96,28 @@ def test_a_run_folder_that_was_moved_still_explains(finished: Path, tmp_path: Pa
     done = command("explain.py", *words, "--again")
     assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr[-3000:]
     assert "Traceback" not in done.stderr
+
+
+def test_an_archive_whose_files_have_changed_is_another(tmp_path: Path) -> None:
+    """Under the same names, but for a copy of the same content."""
+    rng = np.random.default_rng(7)
+    first, second = (encode_png(blob(rng, label)) for label in (0, 1))
+    assert len(first) != len(second)
+    for name in ("folder", "new.zip", "tables"):
+        path, versions = tmp_path / name, []
+        for content in (first, first, second):
+            held = {"a.png": content, "b.png": first}
+            if name == "new.zip":
+                path.write_bytes(corpus.zipped(held))
+            elif name == "tables":
+                path.mkdir(exist_ok=True)
+                pq.write_table(pa.table({"image": list(held.values())}), path / "0.parquet")
+            else:
+                path.mkdir(exist_ok=True)
+                for file, data in held.items():
+                    (path / file).write_bytes(data)
+            versions.append(survey(str(path)).version)
+        assert versions[0] == versions[1] != versions[2], name
 
 
 @pytest.mark.slow
