@@ -23,7 +23,7 @@ from cae import classifiers, sources
 from cae.explain import Mode, choose_mode
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, read_part, read_table, shard_units
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, read_part, shard_units
 from pipelines.cluster import connect, device_of
 from pipelines.command_line import command
 from pipelines.embed import EmbedOptions
@@ -104,21 +104,27 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     _share_overlays(units, options.overlays)
     arguments = explainer(run, options)
     bulk(run, options, "explain", units, ExplainWorker, "explanations", **arguments)
-    found = read_table(run, "explanations", ["id", "split", "status"])
-    if not len(found):
+    counts = Counter[tuple[str, str]]()
+    for part in list_parts(run, "explanations"):  # one after the other: an archive may have many millions of rows
+        told = read_part(run, f"explanations/{part}", ["split", "status"])
+        counts.update(zip(told["split"].to_pylist(), told["status"].to_pylist(), strict=True))
+    if not counts:
         raise UserError(
             f"the classifier gives every image the class {arguments['ways'].targets} already: choose other --targets"
         )
-    status, split = np.array(found["status"].to_pylist()), np.array(found["split"].to_pylist())
-    metrics = {f"explain/{s}/flipped": float((status[split == s] == "flipped").mean()) for s in np.unique(split)}
-    counts = Counter(status.tolist())
-    says = ", ".join(f"{name} {count:,} ({count / len(status):.1%})" for name, count in counts.most_common())
+    totals, statuses = Counter[str](), Counter[str]()
+    for (split, status), count in counts.items():
+        totals[split] += count
+        statuses[status] += count
+    metrics = {f"explain/{split}/flipped": counts[split, "flipped"] / total for split, total in totals.items()}
+    says = ", ".join(f"{name} {count:,} ({count / statuses.total():.1%})" for name, count in statuses.most_common())
     left_out = ", ".join(f"{count:,} of {name}" for name, count in held.items() if name not in options.splits)
     if left_out:
         says += f"; not explained: {left_out} (see --splits)"
     if options.overlays:
         tracking.log_folder(run, "explanations/overlays")
-    return {"says": f"{len(status):,} maps by mode {options.mode}: {says}", "statuses": dict(counts), **metrics}
+    says = f"{statuses.total():,} maps by mode {options.mode}: {says}"
+    return {"says": says, "statuses": dict(statuses), **metrics}
 
 
 def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, Any]:
