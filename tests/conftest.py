@@ -1,4 +1,4 @@
-"""What the pipeline tests share: a small archive on disk with every kind of trouble, and one whole run over it."""
+"""What tests share: a small archive on disk with every kind of trouble, one whole run over it, and a model server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,3 +110,46 @@ def finished(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state(folder: Path) -> dict:
     """run.json."""
     return json.loads((folder / "run.json").read_text())
+
+
+class Server:
+    """A model server on this machine: answers as `reply` says and keeps what it was asked."""
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Any]) -> None:
+        self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
+        self.failures: list[int] = []  # status codes to answer with before the first good one
+        self.pause = 0.0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append((body, dict(self.headers)))
+                time.sleep(server.pause)
+                status = server.failures.pop(0) if server.failures else 200
+                answer = b"out of \n order" if status != 200 else json.dumps(reply(body)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable[[dict[str, Any]], Any]], Server]]:
+    servers: list[Server] = []
+
+    def start(reply: Callable[[dict[str, Any]], Any]) -> Server:
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()

@@ -8,9 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -78,49 +77,6 @@ def write_card(path: Path, **fields: Any) -> None:
 
 
 # --- Every kind, from the same network --------------------------------------------------------------------------------
-
-
-class Server:
-    """A model server on this machine: answers as `reply` says and keeps what it was asked."""
-
-    def __init__(self, reply: Callable[[dict[str, Any]], Any]) -> None:
-        self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
-        self.failures: list[int] = []  # status codes to answer with before the first good one
-        self.pause = 0.0
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.asked.append((body, dict(self.headers)))
-                time.sleep(server.pause)
-                status = server.failures.pop(0) if server.failures else 200
-                answer = b"out of \n order" if status != 200 else json.dumps(reply(body)).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Callable[[dict[str, Any]], Any]], Server]]:
-    servers: list[Server] = []
-
-    def start(reply: Callable[[dict[str, Any]], Any]) -> Server:
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
 
 
 def answers(net: nn.Module, key: str = "instances") -> Callable[[dict[str, Any]], Any]:
