@@ -79,13 +79,19 @@ def _tidy(name: str) -> str:
     return name.replace("\\", "/").removeprefix("./")
 
 
+def _unfit(path: str, what: str, error: Exception) -> str:
+    if "range requests" in str(error):  # fsspec's
+        return f"the server of {path} gives whole files only, and this archive is read in parts: download it first"
+    return f"{path} is {what} ({error}): download or make it again"
+
+
 def zip_members(path: str) -> Iterator[Member]:
     """The files of a zip archive, in its own order. Raises ValueError, in one line, for a file that is none."""
     with open_file(path) as file:
         try:
             archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, struct.error, OverflowError, NotImplementedError, ValueError) as error:
-            raise ValueError(f"{path} is no whole .zip archive ({error}): download or make it again") from error
+            raise ValueError(_unfit(path, "no whole .zip archive", error)) from error
         for info in archive.infolist():
             if info.is_dir():
                 continue
@@ -151,7 +157,7 @@ def tar_members(path: str, streamed: bool = False) -> Iterator[Member]:
         except NOT_ITS_FAULT:
             raise
         except DAMAGED as error:
-            raise ValueError(f"{path} is no tar archive ({error}): download or make it again") from error
+            raise ValueError(_unfit(path, "no tar archive", error)) from error
         try:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # else it keeps them all

@@ -12,12 +12,14 @@ import io
 import json
 import operator
 import os
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -44,6 +46,7 @@ STREAMED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # can on
 PATHS = ("path", "url", "uri", "file", "filename", "file_name", "image")
 LABELS = ("class_name", "class", "label")
 IMAGES = ("image", "bytes", "image_bytes")
+PATIENCE = (1, 5)  # seconds before a download that broke off is tried again
 SURPLUS = "more fields than the header"  # where the csv module puts those of a row
 
 
@@ -70,7 +73,9 @@ def survey(source: str, rows: int = 256) -> Survey:
     try:
         if _is_folder(source):
             return _survey_source(source, "", rows)
-        return replace(_survey_source(source, source.lower(), rows), version=_version(source))
+        web = source.startswith(("http://", "https://"))
+        name = urlsplit(source).path if web else source  # without the signature of a URL that has one
+        return replace(_survey_source(source, name.lower(), rows), version=_version(source))
     except FileNotFoundError as error:
         raise ValueError(f"{source} cannot be read: {_why(error)}") from error
 
@@ -166,28 +171,40 @@ def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:
         archive, opened = "", None
         for item in items:
             content, problem = b"", item.problem
-            try:
-                if problem:
-                    pass
-                elif not item.span:
-                    with open_file(item.path) as file:
-                        content = read_span(file)
-                else:
-                    if opened is None or item.path != archive:
-                        files.close()
-                        archive, opened = item.path, files.enter_context(open_file(item.path))
-                    content = read_span(opened, item.span)
-            except NOT_ITS_FAULT:
-                raise
-            except OSError as error:
-                problem = f"the file cannot be read: {_why(error)}"
-            except (ValueError, ImportError, zlib.error) as error:  # fsspec's, for URLs, are ValueError and ImportError
-                problem = str(error) or type(error).__name__
-            except Exception as error:
-                if not _of_web(error):
+            for wait in () if problem else (*PATIENCE, None):
+                try:
+                    if not item.span:
+                        with open_file(item.path) as file:
+                            content = read_span(file)
+                    else:
+                        if opened is None or item.path != archive:
+                            files.close()
+                            archive, opened = item.path, files.enter_context(open_file(item.path))
+                        content = read_span(opened, item.span)
+                    break
+                except NOT_ITS_FAULT:
                     raise
-                problem = f"the download broke off: {error}"
+                except Exception as error:
+                    problem = _problem(error)
+                    if not _of_web(error) or wait is None:
+                        break
+                    archive, opened = "", None
+                    time.sleep(wait)
+                    problem = ""
             yield item, content, problem
+
+
+def _problem(error: Exception) -> str:
+    """Why a file cannot be read, as its row says it. Raises what is no fault of a file."""
+    if any(kind.__name__ == "ClientConnectorError" for kind in type(error).__mro__):  # aiohttp's: nobody answers
+        raise ConnectionError(str(error)) from error
+    if _of_web(error):
+        return f"the download broke off: {error}"
+    if isinstance(error, OSError):
+        return f"the file cannot be read: {_why(error)}"
+    if isinstance(error, (ValueError, ImportError, zlib.error)):  # fsspec's, for URLs, are ValueError and ImportError
+        return str(error) or type(error).__name__
+    raise error
 
 
 def _of_web(error: BaseException | None) -> bool:
@@ -214,7 +231,7 @@ def _why(error: OSError) -> str:
 
 
 def _list(path: str, members: Iterable[Member]) -> tuple[Layout, list[Item]]:
-    """The layout of an archive, and its items in their order."""
+    """The layout of an archive, and its items in their order. A folder round all of it is looked through."""
     found: list[Member] = []
     manifest = None
     for member in members:
@@ -229,7 +246,8 @@ def _list(path: str, members: Iterable[Member]) -> tuple[Layout, list[Item]]:
         raise ValueError(f"{path} holds no images; expected SPLIT/CLASS/*, CLASS/* or images alone")
     names = [member.name for member in found if not member.problem]
     inside = names[0].split("/")[0] + "/" if names else ""
-    if not all(name.startswith(inside) and "/" in name.removeprefix(inside) for name in names):
+    wraps = inside.rstrip("/").lower() not in SPLITS
+    if not wraps or not all(name.startswith(inside) and "/" in name.removeprefix(inside) for name in names):
         inside = ""
     layout = layout_of(names, manifest, f"{MANIFEST} in {path}", inside)
     seen: Counter[str] = Counter()

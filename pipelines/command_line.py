@@ -22,8 +22,8 @@ from pipelines.run import Run, RunOptions, flat
 # Of this call only, not to be the next one's defaults.
 FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
 # Least values of options that no other part looks at before hours of work.
-LEAST = {"steps": 0, "threads": 0, "smooth": 0, "draws": 1, "evaluated": 0, "overlays": 0, "pairs": 1, "batch": 1,
-         "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1}  # fmt: skip
+LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draws": 1, "evaluated": 0, "overlays": 0,
+         "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1}  # fmt: skip
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -33,14 +33,14 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     So `--help` shows the values that would be used, and a later stage needs only `--run`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    dataset, preset, folder, best = (_peek(argv, name) for name in ("dataset", "preset", "run", "weights"))
-    if preset is None:
-        preset = "standard" if torch.cuda.is_available() else "quick"
+    dataset, given, folder, best = (_peek(argv, name) for name in ("dataset", "preset", "run", "weights"))
+    preset = given or ("standard" if torch.cuda.is_available() else "quick")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     if folder is None and dataset:
         base = os.environ.get("CAE_RUNS") or _local_base()
-        folder = f"{base.rstrip('/')}/{Path(dataset.rstrip('/')).stem}-{preset}"
+        called = Path(dataset.rstrip("/") if "://" in dataset else os.path.abspath(dataset)).stem
+        folder = f"{base.rstrip('/')}/{called.removesuffix('.tar')}-{preset}"
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
     stored = Run(folder).state["options"] if folder else {}
@@ -49,8 +49,12 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     for name, group in dataclasses.asdict(PRESETS["paper"]).items():
         if name in stored:
             stored[name] = group | stored[name]
-    # A preset on the command line is only a table of defaults: what the run folder holds goes before it.
-    if best:  # and before that, what a search found
+    if (
+        stored and given and given != stored.get("preset")
+    ):  # another one than the folder's brings its own sizes and rates
+        stored = {name: value for name, value in stored.items() if name not in dataclasses.asdict(PRESETS["paper"])}
+        stored["preset"] = preset
+    if best:  # before all that, what a search found
         stored |= {name: stored.get(name, {}) | values for name, values in read_best(best).items()}
     default = _from_dict(
         options_class, {"preset": preset} | stored | {"run": folder or ""}, stored.get("preset", preset)
@@ -67,6 +71,8 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     size = table.get("image_size", 32)
     if size % 4 or size < 32:
         raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")
+    if not 0 < table.get("window", 1) <= 1:
+        raise UserError(f"--window is {table['window']}: give a share of the image's side, above 0 and at most 1")
     dataset = options.dataset.rstrip("/") or options.dataset
     folder = folder or options.run
     return dataclasses.replace(options, run=folder, tracking_uri=_tracking_uri(options, folder), dataset=dataset)

@@ -32,14 +32,15 @@ from pipelines.mistakes import UserError
 from pipelines.run import Run
 from pipelines.ways import read_medoids, read_ways
 
-DEFAULT_SPLITS = ("val", "test", "archive")
+Split = Literal["train", "val", "test", "archive"]
+DEFAULT_SPLITS: tuple[Split, ...] = ("val", "test", "archive")
 
 
 @dataclass(frozen=True)
 class ExplainOptions(EmbedOptions):
     """Which images to explain, towards what, and how."""
 
-    splits: tuple[str, ...] = DEFAULT_SPLITS
+    splits: tuple[Split, ...] = DEFAULT_SPLITS
     """Splits of the run to explain; add `train` to explain everything. An `--archive` is explained whole."""
     targets: str = "runner-up"
     """Classes to explain each image towards: `runner-up` (the classifier's second choice), `all`, or a class name
@@ -161,8 +162,6 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
 def _check(options: ExplainOptions, names: list[str]) -> None:
     if options.targets not in ("runner-up", "all", *names):
         raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
-    if not 0 < options.window <= 1:
-        raise UserError(f"--window {options.window}: give a share of the image's side, above 0 and at most 1")
 
 
 def _share_overlays(units: list[Unit], overlays: int) -> None:
@@ -225,7 +224,8 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
     if not options.archive or not options.out:
         raise UserError("--archive says what to explain and --out where to: give both, or neither")
     archive, out = (
-        path.rstrip("/") if "://" in path else os.path.abspath(path) for path in (options.archive, options.out)
+        path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
+        for path in (options.archive, options.out)
     )
     if f"{out}/".startswith((f"{archive}/", f"{options.run}/")):
         raise UserError(f"--out {options.out} lies in the archive or in the run folder: choose a folder of its own")

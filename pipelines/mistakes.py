@@ -34,7 +34,7 @@ def mistake(error: BaseException | None) -> BaseException | None:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             return error
-        if isinstance(error, UNREACHABLE):
+        if isinstance(error, UNREACHABLE) and not isinstance(error, BrokenPipeError):  # that is who reads our words
             return error
         if tracking.failure(error) or _of_s3(error):
             return error

@@ -91,8 +91,13 @@ class Run:
         file = self.path("run.json")
         self.state: dict[str, Any] = {"options": {}, "stages": {}}
         if self.fs.exists(file):
-            with self.fs.open(file) as stream:
-                self.state = json.load(stream)
+            try:
+                with self.fs.open(file) as stream:
+                    self.state |= json.load(stream)
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{file} is damaged ({error}): give another --run, or bring back a copy of it"
+                ) from error
 
     def path(self, *parts: str) -> str:
         """A path in the run folder, as fsspec, pyarrow and Ray take it."""
@@ -172,7 +177,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
         print(f"{name:9} already done in {run.folder}", flush=True)
         return run.state["stages"][name]["result"]
     table = dataclasses.asdict(options)
-    options_before = dict(run.state["options"])
+    options_before, work_before = dict(run.state["options"]), run.bound(name)
     run.state["options"] |= table
     run.state |= {"versions": _versions(), "git": _git_commit()}
     decisive = json.loads(json.dumps({field: table[field] for field in ("seed", *own)}))
@@ -192,7 +197,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     except Exception as error:
         if isinstance(mistake(error), ValueError):  # the options that led here must not become the defaults
             run.state["options"] = options_before
-            run.state["stages"][name]["mistake"] = True
+            run.state["stages"][name]["mistake"] = not work_before  # which nobody may drop for what went wrong now
             run.save()
         raise
     run.state["stages"][name] |= {"seconds": round(seconds, 1), "result": result}

@@ -73,18 +73,18 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
     if options.dataset == "synthetic":
         config = synthetic.Synthetic(options.images, PRESETS[options.preset].model.image_size,
                                      options.classes, options.shortcut, options.seed)  # fmt: skip
-        names, units, source = list(config.class_names), _ranges(options.images), "synthetic"
+        names, units, source, version = list(config.class_names), _ranges(options.images), "synthetic", ""
         arguments: dict[str, Any] = {"config": config}
     else:
         source = data.locate(options.dataset, options.data_root or None)
         found = sources.survey(source, UNIT_ROWS)
-        names = found.labels
+        names, version = found.labels, found.version
         if options.classifier:
             spec = resolve(options.classifier, options.trust_pickle)
             names = list(classifiers.class_names(spec, tuple(names)))
         units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
         arguments = {"names": names, "present": found.splits, "label_free": bool(options.classifier)}
-    _start_over_if_changed(run, units)
+    _start_over_if_changed(run, repr((units, version)))
     bulk(run, options, "shard", units, ShardWorker, "shards/_parts", on_gpu=False, **arguments)
 
     rejected = pa.concat_tables([_read(run, part) for part in list_parts(run, "shards/_parts")])
@@ -142,12 +142,12 @@ def _ranges(count: int) -> list[Unit]:
     ]  # fmt: skip
 
 
-def _start_over_if_changed(run: Run, units: list[Unit]) -> None:
+def _start_over_if_changed(run: Run, archive: str) -> None:
     """Drop what an interrupted call left behind when the source has changed since: its parts no longer fit.
 
     Raises UserError for a folder `shards` that is none of ours.
     """
-    listing = hashlib.sha256(repr(units).encode()).hexdigest()[:16]
+    listing = hashlib.sha256(archive.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     if run.state.get("listing") != listing and run.fs.exists(run.path("shards")):
         if "listing" not in run.state:
             raise UserError(f"{run.folder} has a folder shards that no run of ours made: choose another --run")

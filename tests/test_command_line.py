@@ -143,6 +143,15 @@ def test_options_that_failed_are_free_and_those_of_stopped_work_are_not(tmp_path
     with pytest.raises(UserError, match=r"--preset paper contradicts .* made with --preset quick: .*shard.py --again"):
         stage(folder, lambda run, options: {}, preset="paper")
     assert part.read_text() == "quick"
+
+    def refuse(run: Run, options: RunOptions) -> dict:
+        raise UserError("the disk is not mounted")
+
+    with pytest.raises(UserError, match="not mounted"):
+        stage(folder, refuse)
+    with pytest.raises(UserError, match="contradicts"):  # what went wrong now frees nobody to drop the work before
+        stage(folder, lambda run, options: {}, preset="paper")
+    assert part.read_text() == "quick"
     assert stage(folder, lambda run, options: {"share of {a+b}": 0.5}) == {"share of {a+b}": 0.5}  # odd for MLflow
     assert part.read_text() == "quick"  # went on
     with pytest.raises(UserError, match="contradicts"):
@@ -168,3 +177,27 @@ def test_a_folder_shards_of_somebody_else_is_left_alone(tmp_path: Path, archive:
     theirs.write_text("precious")
     line = mistake("--dataset", str(archive), "--run", str(tmp_path / "run"), script="shard.py")
     assert "no run of ours made" in line and theirs.read_text() == "precious"
+
+
+def test_another_preset_brings_its_own_sizes(tmp_path: Path) -> None:
+    words = ["--dataset", "synthetic", "--run", str(tmp_path / "run")]
+    run = Run(str(tmp_path / "run"))
+    run.state["options"] = dataclasses.asdict(parse(full.FullOptions, [*words, "--preset", "quick", "--lr", "0.5"]))
+    run.save()
+    assert parse(full.FullOptions, words).train.lr == 0.5
+    paper = parse(full.FullOptions, [*words, "--preset", "paper", "--batch", "2"])
+    assert paper.model == PRESETS["paper"].model and paper.train == dataclasses.replace(PRESETS["paper"].train, batch=2)
+
+
+def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
+    for text in ("", "[1]", "{"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match=r"run\.json is damaged"):
+            parse(RunOptions, ["--run", str(tmp_path)])
+
+
+def test_run_folders_are_called_after_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CAE_RUNS", raising=False)
+    for dataset, name in ((".", tmp_path.name), ("x.tar.gz", "x"), ("s3://bucket/scans/", "scans"), ("oct", "oct")):
+        assert parse(RunOptions, ["--dataset", dataset]).run == str(tmp_path / "runs" / f"{name}-quick")

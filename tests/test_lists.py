@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -142,14 +144,18 @@ def test_the_network_s_faults_are_not_the_file_s(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def web() -> Iterator[str]:
-    """A web server: /NNN answers with that status, /short with less than it says, anything else with a picture."""
+    """A web server: /NNN answers with that status, /short with less than it says, /once so the first time only,
+    /list.csv with a list, anything else with a picture."""
+    asked = Counter[str]()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            last = self.path.split("/")[-1].removesuffix(".zip")
-            content = FILES["train/cat/0.png"]
+            last = urlsplit(self.path).path.split("/")[-1].removesuffix(".zip")
+            content = b"url\n/a.png\n" if last == "list.csv" else FILES["train/cat/0.png"]
+            asked[last] += self.command == "GET"
+            cut = last == "short" or (last == "once" and asked[last] < 2)
             self.send_response(int(last) if last.isdecimal() else 200)
-            self.send_header("Content-Length", str(len(content) + (100 if last == "short" else 0)))
+            self.send_header("Content-Length", str(len(content) + 100 * cut))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(content)
@@ -166,21 +172,23 @@ def web() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_web_server_s_answers_are_told_apart(tmp_path: Path, web: str) -> None:
+def test_a_web_server_s_answers_are_told_apart(tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def listed(*names: str) -> list[tuple[bytes, str]]:
         path = tmp_path / "list.csv"
         path.write_text("\n".join(["url", *(name if "://" in name else f"{web}/{name}" for name in names)]))
         return [(content, problem) for piece in survey(str(path)).pieces for _, content, problem in read(piece)]
 
     pytest.importorskip("aiohttp")
-    good, missing, forbidden, short, after = listed("a.png", "404", "403", "short", "b.png")
-    assert good == after == (FILES["train/cat/0.png"], "")
+    monkeypatch.setattr(sources, "PATIENCE", (0, 0))
+    good, missing, forbidden, short, again, after = listed("a.png", "404", "403", "short", "once", "b.png")
+    assert good == again == after == (FILES["train/cat/0.png"], "")
     assert missing == (b"", "the file cannot be read: the server answers 404 Not Found")
     assert forbidden == (b"", "the file cannot be read: the server answers 403 Forbidden")
     assert not short[0] and "the download broke off" in short[1]
     for name in ("503", "429", "http://127.0.0.1:1/a.png"):  # to be read again, and no row yet
         with pytest.raises(ConnectionError, match=name[:20]):
             listed("a.png", name)
+    assert len(survey(f"{web}/list.csv?X-Amz-Signature=a.b/c").pieces) == 1  # as S3 signs addresses
     with pytest.raises(ConnectionError, match="503"):  # of an archive too
         survey(f"{web}/503.zip")
     with pytest.raises(ValueError, match="cannot be read: the server answers 404"):

@@ -120,6 +120,14 @@ def test_archives_hold_what_a_folder_holds(tmp_path: Path, kind: str) -> None:
         assert len(last) == 3 and all(data for _, data, _ in last)
 
 
+@pytest.mark.parametrize("split", ["test", "Train"])
+def test_an_archive_of_one_split_is_of_that_split(tmp_path: Path, split: str) -> None:
+    files = {f"{split}/cat/{i}.png": encode_png(picture(i)) for i in range(2)}
+    for round_it in ("", "set/"):
+        held = survey(zipped(tmp_path / "a.zip", {round_it + name: content for name, content in files.items()}))
+        assert held.splits == {split.lower()} and held.labels == ["cat"]
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_a_manifest_in_an_archive_names_groups(tmp_path: Path, kind: str) -> None:
     rows = "\n".join(f"{name},p{i // 2}" for i, name in enumerate(FILES))
