@@ -1,6 +1,6 @@
 """Stage explain: a map, its counterfactual and a status for every image and target, by Ray Data.
 
-Writes `explanations/…parquet`, and overlays as PNG for the first `--overlays` images.
+Writes `explanations/…parquet`, and over the first `--overlays` images maps as PNG in `overlays/`.
 
     python pipelines/explain.py --run RUN --archive PATH --out FOLDER
 
@@ -123,7 +123,7 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     if left_out:
         says += f"; not explained: {left_out} (see --splits)"
     if options.overlays:
-        tracking.log_folder(run, "explanations/overlays")
+        tracking.log_folder(run, "overlays")
     says = f"{statuses.total():,} maps by mode {options.mode}: {says}"
     return {"says": says, "statuses": dict(statuses), **metrics}
 
@@ -150,7 +150,7 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
     if reasons:
         says += f"; most often: {reasons.most_common(1)[0][0]}"
     if options.overlays:
-        tracking.log_folder(run, "explanations/overlays")
+        tracking.log_folder(run, "overlays")
     return {
         "says": f"{statuses.total():,} rows by mode {options.mode} in {run.path('explanations')}: {says or 'none'}",
         "statuses": dict(statuses),

@@ -156,7 +156,7 @@ class ExplainWorker:
             return
         picture = figures.overlay(image, row["map"].astype(np.float32).reshape(self.size, self.size))
         name = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in row["id"])[-120:]
-        self.run.write(f"explanations/overlays/{name}.png", encode_png(np.concatenate([image, picture], 1)))
+        self.run.write(f"overlays/{name}.png", encode_png(np.concatenate([image, picture], 1)))
 
 
 class ArchiveWorker:

@@ -72,7 +72,7 @@ WRITES = {
     "tune": ("checkpoints/tune", "tune"),
     "train": ("checkpoints/train", "cae"),
     "embed": ("codes", "manifold"),
-    "explain": ("explanations",),
+    "explain": ("explanations", "overlays"),
     "evaluate": ("evaluation/images", "evaluation/times", "figures"),
 }
 

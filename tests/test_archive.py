@@ -47,7 +47,7 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
     assert sorted(rows.id.str.split("#").str[0]) == sorted(new | known | broken) and set(rows.split) == {"archive"}
     lost = rows[rows.status == "unreadable"]
     assert sorted(lost.id.str.split("#").str[0]) == sorted(broken) and lost.error.str.len().gt(0).all()
-    assert len(list(out.glob("explanations/overlays/*.png"))) == 4
+    assert len(list(out.glob("overlays/*.png"))) == 4
     # An image that the run has explained gets the same map and code.
     theirs = [pd.read_parquet(path) for path in finished.glob("explanations/split=*/*.parquet")]
     both = rows.merge(pd.concat(theirs), on=["id", "target"])
