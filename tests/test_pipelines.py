@@ -300,8 +300,8 @@ def test_images_are_read_in_the_order_asked_for_however_often(finished: Path) ->
 def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    wrong = command("explain.py", "--run", str(folder), "--again", "--splits", "vall")
-    assert wrong.returncode and "invalid choice 'vall'" in wrong.stderr and "Traceback" not in wrong.stderr
+    wrong = command("explain.py", "--run", str(folder), "--again", "--targets", "nobody")
+    assert wrong.returncode and "--targets nobody: choose" in wrong.stderr and "Traceback" not in wrong.stderr
     other = ["--mode", "patch", "--targets", "spot", "--counter", "random", "--donors", "3", "--path", "guided"]
     done = command("explain.py", "--run", str(folder), *other)
     assert done.returncode == 0, done.stderr[-3000:]
