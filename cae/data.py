@@ -195,8 +195,8 @@ def list_images(root: str) -> list[Item]:
     if not fs.isdir(base):
         raise ValueError(f"{root} is no folder; give a folder of images")
     base = base.rstrip("/")
-    found = {path[len(base) + 1 :]: info for path, info in fs.find(base, detail=True).items()}
-    names = sorted(filter(may_be_image, found))
+    versions = {path[len(base) + 1 :]: version_of(info) for path, info in fs.find(base, detail=True).items()}
+    names = sorted(filter(may_be_image, versions))
     if not names:
         raise ValueError(f"{root} holds no images; expected SPLIT/CLASS/*, CLASS/* or a flat folder of image files")
     manifest = f"{base}/{MANIFEST}"
@@ -206,7 +206,7 @@ def list_images(root: str) -> list[Item]:
     for name in names:
         path = f"{base}/{name}"
         item = layout.item(path if local else fs.unstrip_protocol(path), name)
-        items.append(dataclasses.replace(item, version=version_of(found[name])))
+        items.append(dataclasses.replace(item, version=versions[name]))
     return items
 
 
