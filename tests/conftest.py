@@ -47,7 +47,7 @@ def kill_when(happens: Callable[[], bool], script: str, folder: Path, *words: st
     call = [sys.executable, str(ROOT / "pipelines" / script), "--run", str(folder), *words]
     with open(folder / f"{script}.log", "w") as log:
         driver = subprocess.Popen(call, stdout=log, stderr=log, cwd="/")
-        deadline = time.time() + 200
+        deadline = time.time() + 400
         while not happens():
             assert driver.poll() is None, (folder / f"{script}.log").read_text()[-3000:]
             assert time.time() < deadline, "nothing to kill happened"
