@@ -31,6 +31,9 @@ Unit = dict[str, Any]
 Worker = Callable[[Unit], pa.Table]
 UNIT_ROWS = 256
 PATIENCE = (1, 5, 20, 60)  # seconds before a unit is tried again whose files' server cannot be reached
+FILLED = 8
+"""Batches are filled up to a multiple of this: torch keeps its CPU kernels for every size of batch that they were built
+for, which is a hundred MiB over an archive."""
 ACTOR_ROWS = 1000  # images that are worth starting another actor for, which takes seconds
 
 
@@ -222,3 +225,8 @@ def batches(table: pa.Table, size: int) -> Iterator[pa.Table]:
     """A table in slices of `size` rows."""
     for start in range(0, len(table), size):
         yield table.slice(start, size)
+
+
+def filled(count: int, multiple: int = FILLED) -> list[int]:
+    """Which of `count` items to put into a batch: all, and the last again until there is a multiple of `multiple`."""
+    return [*range(count), *[count - 1] * (-count % multiple)]

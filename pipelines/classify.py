@@ -23,7 +23,18 @@ from cae.config import ClassifierConfig, ModelConfig
 from cae.images import Fit, to_tensor
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import Unit, batches, bulk, decode_all, read_images, read_table, read_unit, shard_units, split_of
+from pipelines.bulk import (
+    Unit,
+    batches,
+    bulk,
+    decode_all,
+    filled,
+    read_images,
+    read_table,
+    read_unit,
+    shard_units,
+    split_of,
+)
 from pipelines.cluster import connect, device_of, enter_loop, fit_torch, last_checkpoint, place, report
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
@@ -99,7 +110,8 @@ class PredictWorker:
         probabilities = []
         for batch in batches(table, 128):
             arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
-            probabilities.append(self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu().numpy())
+            x = to_tensor(arrays[filled(len(arrays))], self.device)
+            probabilities.append(self.blackbox.probabilities(x)[: len(arrays)].cpu().numpy())
         p = np.concatenate(probabilities)
         return pa.table({
             "id": table["id"], "split": pa.array([split_of(unit)] * len(p), pa.string()), "label": table["label"],

@@ -20,6 +20,7 @@ from pipelines.bulk import (
     batches,
     bulk,
     decode_all,
+    filled,
     matrix,
     read_images,
     read_table,
@@ -111,7 +112,8 @@ class EmbedWorker:
         table = read_unit(self.run, unit)
         columns: dict[str, list[np.ndarray]] = {"code": [], "p": [], "p_reconstruction": [], "error": []}
         for batch in batches(table, 64):
-            x = to_tensor(decode_all(batch["image"].to_pylist(), self.size, self.fit)[0], self.device)
+            arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
+            x = to_tensor(arrays[filled(len(arrays))], self.device)
             code, individual = self.cae.encode(x)
             reconstruction = self.cae.decode(code, individual)
             found = {
@@ -120,7 +122,7 @@ class EmbedWorker:
                 "error": (reconstruction - x).abs().mean((1, 2, 3)),
             }  # fmt: skip
             for name, tensor in found.items():
-                columns[name].append(tensor.float().cpu().numpy())
+                columns[name].append(tensor[: len(arrays)].float().cpu().numpy())
         codes, p, p_reconstruction, error = (np.concatenate(parts) for parts in columns.values())
         numbers = pa.list_(pa.float32())
         return pa.table({

@@ -19,7 +19,18 @@ from cae import classifiers, figures, sources, training
 from cae.data import Item
 from cae.explain import Explanation, explain, over_donors
 from cae.images import Fit, encode_png, fitted, to_array, to_tensor
-from pipelines.bulk import UNIT_ROWS, Unit, batches, decode_all, read_part, read_unit, split_of, write_table
+from pipelines.bulk import (
+    FILLED,
+    UNIT_ROWS,
+    Unit,
+    batches,
+    decode_all,
+    filled,
+    read_part,
+    read_unit,
+    split_of,
+    write_table,
+)
 from pipelines.cluster import place
 from pipelines.run import Run
 from pipelines.ways import Ways
@@ -65,8 +76,9 @@ class ExplainWorker:
     def explain(self, ids: list[str], arrays: np.ndarray) -> list[dict[str, Any]]:
         """A row for every explanation of images uint8 (B, size, size, 3); draws overlays while any are left."""
         rows: list[dict[str, Any]] = []
-        at_once = max(1, BATCH // self.ways.donors)
-        p = self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu()
+        multiple = max(1, min(FILLED, BATCH // self.ways.donors))
+        at_once = max(1, BATCH // self.ways.donors // multiple) * multiple
+        p = self.blackbox.probabilities(to_tensor(arrays[filled(len(arrays))], self.device)).cpu()[: len(arrays)]
         images, targets = [], []
         for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):
             if label in self.ways.ends:
@@ -81,7 +93,7 @@ class ExplainWorker:
             rows += [self.failed(ids[i], reason, own, own) for i in (p.argmax(1) == own).nonzero()[:, 0].tolist()]
         for start in range(0, len(images), at_once):
             chosen = slice(start, start + at_once)
-            rows += self._explain(arrays, ids, p, images[chosen], targets[chosen])
+            rows += self._explain(arrays, ids, p, images[chosen], targets[chosen], multiple)
         first = {row["id"]: row for row in reversed(rows)}
         for array, name in zip(arrays, ids, strict=True):
             if self.overlays > 0 and name in first:
@@ -100,8 +112,10 @@ class ExplainWorker:
                 "mode": self.how["mode"], "size": self.size}  # fmt: skip
 
     @torch.no_grad()
-    def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int],
-                 targets: list[int]) -> list[dict[str, Any]]:  # fmt: skip
+    def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int], targets: list[int],
+                 multiple: int = 1) -> list[dict[str, Any]]:  # fmt: skip
+        wanted = len(images)
+        images, targets = ([values[i] for i in filled(wanted, multiple)] for values in (images, targets))
         source = p[images].argmax(1)
         x = to_tensor(arrays[images], self.device)
         names = [ids[i] for i in images]
@@ -117,10 +131,9 @@ class ExplainWorker:
                             codes=(class_code[there], individual_code[there]), **self.how)  # fmt: skip
         except RuntimeError as error:
             # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
-            if len(images) > 1:
-                return [
-                    row for i, t in zip(images, targets, strict=True) for row in self._explain(arrays, ids, p, [i], [t])
-                ]
+            if wanted > 1:
+                pairs = list(zip(images, targets, strict=True))[:wanted]
+                return [row for i, t in pairs for row in self._explain(arrays, ids, p, [i], [t])]
             reason = str(error).splitlines()[0]
             return [self.failed(names[0], reason, int(source[0]), targets[0])]
         found = over_donors(paths, counts)
@@ -132,7 +145,7 @@ class ExplainWorker:
              "counter_statuses": paths.status[ends[k] - counts[k] : ends[k]], "class_code": codes[k],
              "code_distance": float(distance[k])}
             | self._row(found, k)
-            for k in range(len(images))
+            for k in range(wanted)
         ]  # fmt: skip
 
     def _row(self, found: Explanation, k: int) -> dict[str, Any]:

@@ -172,3 +172,21 @@ def test_ways_that_cannot_be_gone_are_refused(finished: Path) -> None:
         options(finished, "--donors", "0")
     assert read_ways(run, options(finished, "--counter", spot, "--targets", "spot")).targets == "spot"
     assert read_ways(run, options(finished, "--counter", spot)).targets == "spot"
+
+
+@pytest.mark.parametrize(("donors", "paths"), [("1", {8, 16, 24, 32}), ("3", {24}), ("6", {30})])
+def test_the_networks_see_few_sizes_of_batches(finished: Path, donors: str, paths: set[int]) -> None:
+    run, given = Run(str(finished)), options(finished, "--counter", "random", "--donors", donors, "--mode", "input")
+    worker = ExplainWorker(run, spec=str(finished / "classifier"), names=("plain", "spot"), cae=str(finished / "cae"),
+                           size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=False,
+                           how=path_options(given) | {"steps": 1, "refine": 0})  # fmt: skip
+    asked, encoded = set[int](), set[int]()
+    worker.blackbox.register_forward_pre_hook(lambda _, given: asked.add(len(given[0])))
+    worker.cae.class_encoder.register_forward_pre_hook(lambda _, given: encoded.add(len(given[0])))
+    arrays = np.random.default_rng(0).integers(256, size=(32, 32, 32, 3), dtype=np.uint8)
+    whole = worker.explain([str(i) for i in range(32)], arrays)
+    for count in (1, 7, 8, 19, 31):
+        rows = worker.explain([str(i) for i in range(count)], arrays[:count])
+        assert [(row["id"], row["status"]) for row in rows] == [(row["id"], row["status"]) for row in whole[:count]]
+        assert all(np.allclose(a["map"], b["map"], atol=1e-3) for a, b in zip(rows, whole, strict=False))
+    assert asked <= paths | {8, 16, 24, 32} and encoded <= {8, 16, 24, 32, 5}
