@@ -94,7 +94,7 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     chosen = run.result("classify")
     options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
     connect()
-    _check(options, chosen["classes"])
+    check_targets(options, chosen["classes"])
     held = run.result("shard")["counts"]
     for wanted in options.splits:
         if wanted not in held and wanted not in DEFAULT_SPLITS:
@@ -132,7 +132,7 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
     """Explain every image of an archive by the finished run `model`, into `run`; returns counts by status."""
     chosen = model.result("classify")
     options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
-    _check(options, chosen["classes"])
+    check_targets(options, chosen["classes"])
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
     _refuse_other(run, model, repr((units, found.version)))
@@ -159,7 +159,8 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
     }
 
 
-def _check(options: ExplainOptions, names: list[str]) -> None:
+def check_targets(options: ExplainOptions, names: list[str]) -> None:
+    """Raise UserError where `--targets` names no class of the classifier."""
     if options.targets not in ("runner-up", "all", *names):
         raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
 

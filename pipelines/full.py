@@ -66,6 +66,8 @@ def main(options: FullOptions) -> None:
                 options = tune.best_of(run, options)
             else:
                 STAGES[name](options)
+            if name == "classify" and "explain" in stages:  # as soon as the classes are known, not after the training
+                explain.check_targets(options, Run(options.run).result("classify")["classes"])
         print(f"finished in {(time.time() - begun) / 60:.1f} min")
     run = Run(options.run)
     if run.done("evaluate"):

@@ -297,6 +297,17 @@ def test_images_are_read_in_the_order_asked_for_however_often(finished: Path) ->
         read_images(run, np.array(["nobody", *ids]), 32, "crop")
 
 
+def test_targets_that_are_no_class_are_refused_before_the_training(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    found = state(folder)
+    found["stages"] = {name: found["stages"][name] for name in ("shard", "classify")}
+    (folder / "run.json").write_text(json.dumps(found))
+    wrong = command("full.py", "--run", str(folder), "--targets", "nobody")
+    assert wrong.returncode and "--targets nobody: choose runner-up, all, or one of plain, spot" in wrong.stderr
+    assert set(state(folder)["stages"]) == {"shard", "classify"}
+
+
 def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
