@@ -27,7 +27,7 @@ MAX_NOTE = 1 << 20  # of names and the like before a member of a tar archive
 DAMAGED = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A file in an archive."""
 

@@ -43,7 +43,7 @@ class Dataset:
     """Whether mirroring left to right leaves the class as it is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # an archive may have millions
 class Item:
     """One image of an archive, not yet read."""
 

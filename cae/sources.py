@@ -136,7 +136,7 @@ def read(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
     elif "table" in piece:
         yield from _read_table(piece)
     else:
-        yield from _read_items(Item(**fields) for fields in piece["items"])
+        yield from _read_items(piece["items"])
 
 
 def frames(item: Item, content: bytes, problem: str) -> Iterator[tuple[str, Image.Image | None, str]]:
@@ -162,7 +162,7 @@ def _survey(items: Sequence[Item], pieces: list[Piece]) -> Survey:
 
 def _chunks(items: Sequence[Item], rows: int) -> list[Piece]:
     chunks = [items[start : start + rows] for start in range(0, len(items), rows)]
-    return [{"items": [vars(item) for item in chunk], "rows": len(chunk)} for chunk in chunks]
+    return [{"items": chunk, "rows": len(chunk)} for chunk in chunks]
 
 
 def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:

@@ -135,7 +135,7 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
     check_targets(options, chosen["classes"])
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
-    _refuse_other(run, model, repr((units, found.version)))
+    _refuse_other(run, model, units, found.version)
     _share_overlays(units, options.overlays)
     connect()
     bulk(run, options, "explain", units, ArchiveWorker, "explanations/_parts", **explainer(model, options))
@@ -172,9 +172,11 @@ def _share_overlays(units: list[Unit], overlays: int) -> None:
         overlays -= unit["overlays"]
 
 
-def _refuse_other(run: Run, model: Run, archive: str) -> None:
+def _refuse_other(run: Run, model: Run, units: list[Unit], version: str) -> None:
     """Raise UserError when the folder has explanations of an archive, or by a model, that has changed since."""
-    listing = hashlib.sha256(archive.encode("utf-8", "surrogateescape"))
+    listing = hashlib.sha256(version.encode())
+    for unit in units:
+        listing.update(repr(unit).encode("utf-8", "surrogateescape"))
     with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
         listing.update(file.read())
     if run.state.get("listing") != listing.hexdigest() and list_parts(run, "explanations"):
