@@ -9,7 +9,7 @@ method's maps both ways run in turn, `--rounds` times; seconds are the median, o
   of Quantus, most and least important first. Here both ask the classifier equally often.
 
 Maps have ties, which Quantus breaks as its sort happens to: it is given each map's ranking by `metrics` instead. Its
-steps must divide the image: images have the run's size, rounded to a multiple of the patch.
+steps must divide the image: the images' size is rounded to a multiple of the patch.
 
 pip install -e '.[pipelines,bench]'
 python benchmarks/pixel_flipping.py --run runs/chest_xray-quick
@@ -59,6 +59,8 @@ class Options:
     """Images of the split val, among those that the classifier gets right."""
     patch: int = 7
     """Side of the disjoint patches, in pixels: odd."""
+    size: int = 0
+    """Side of the images; 0: that of the run's. The larger, the more steps of Quantus' are beyond what AOPC needs."""
     rounds: int = 3
     """Times that each way is measured, in turn."""
 
@@ -185,7 +187,7 @@ def main(options: Options) -> None:
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     right = table[(table.split == "val") & (table.label == table.predicted)]
     some = right.sample(min(options.images, len(right)), random_state=0)
-    size = options.patch * round(settings["model"]["image_size"] / options.patch)
+    size = options.patch * round((options.size or settings["model"]["image_size"]) / options.patch)
     images = to_tensor(read_images(run, some.id.to_numpy(), size, settings["fit"]))
     target = torch.from_numpy(some.predicted.to_numpy(np.int64))
     maps = {name: peers()[name].maps(blackbox, images, target) for name in PEERS}

@@ -186,7 +186,7 @@ def perturbation_curve(
     fill: Fill = "uniform",
     draws: int = 5,
     seed: int = 0,
-    batch: int = 256,
+    batch: int = 64,
 ) -> Tensor:
     """Drop F(X_0) - F(X_p) of Eq. 11, (B, steps) for p = 1 .. steps patches, F the probability of `target` (B,).
 
@@ -233,7 +233,7 @@ def insertion_deletion(
     fill: Fill = "blur",
     draws: int = 5,
     seed: int = 0,
-    batch: int = 256,
+    batch: int = 64,
 ) -> InsertionDeletion:
     """Insertion and deletion curves of `target` (B,) and the areas under them. Petsiuk et al., BMVC 2018.
 
