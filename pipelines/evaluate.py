@@ -33,7 +33,7 @@ from pipelines.ways import read_ways
 SWAPS = 2000  # images a split whose class codes are swapped, at most
 NEW_CODES = 2000  # class codes made by SMOTE, of each class
 SHOWN = 8  # images whose maps by every method are drawn side by side
-TASKS = 64  # images of a unit: short ones keep every core busy to the end
+TASKS = 16  # images of a unit: short ones tell sooner how long it takes, and keep every core busy to the end
 
 
 @dataclass(frozen=True)
@@ -169,15 +169,16 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
                 for name in of_class.id[: max(1, SHOWN // measured.predicted.nunique())]:
                     tasks[name] |= {"shown": True}
     skipped = _spread_new_codes(codes, tasks, headline, options.seed) if full else {}
-    units = []
+    whole, units = [], []
     for unit in shard_units(run, tuple(splits)):
         ids = read_unit(run, unit, ["id"])["id"].to_pylist()
         chosen = [{"row": i} | tasks[name] for i, name in enumerate(ids) if name in tasks]
+        whole.append(unit | {"tasks": chosen, "explanations": unit["part"]})
         for start in range(0, len(chosen), TASKS):
             part = f"{unit['part'].removesuffix('.parquet')}-{start:04d}.parquet"
             some = chosen[start : start + TASKS]
-            units.append(unit | {"tasks": some, "rows": len(some), "explanations": unit["part"], "part": part})
-    return Plan(headline, units, _timed(units), skipped)
+            units.append(whole[-1] | {"tasks": some, "rows": len(some), "part": part})
+    return Plan(headline, units, _timed(whole), skipped)
 
 
 def _spread_new_codes(codes: pd.DataFrame, tasks: dict[str, dict[str, Any]], split: str, seed: int) -> dict[str, str]:
