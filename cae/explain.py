@@ -24,9 +24,7 @@ SEARCH = (8, 4)
 SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "patch": (1, 0)}
 GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
-# Pixels in one batch, which bounds memory whatever the images' size. Few enough for a CPU's caches where that is what
-# computes; a classifier that only answers (a server, a file with a batch of its own) is asked about more at once.
-PIXELS_AT_ONCE = 512 * 64 * 64
+PIXELS_AT_ONCE = 512 * 64 * 64  # see `images_at_once`
 CPU_PIXELS_AT_ONCE = 64 * 64 * 64
 
 
@@ -62,6 +60,16 @@ def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
     """Reconstructions of images x (B, 3, H, W), and the same images with the class codes of the donors."""
     class_code, individual_code = cae.encode(x)
     return cae.decode(class_code, individual_code), cae.decode(cae.encode(donors)[0], individual_code)
+
+
+def images_at_once(x: Tensor, blackbox: BlackBox) -> int:
+    """How many images of the size of x (B, 3, H, W) to give the networks in one batch, by their pixels.
+
+    So memory is bounded whatever their size. Few enough for a CPU's caches where that is what computes; a classifier
+    that only answers (a server, a file with a batch of its own) is asked about more at once.
+    """
+    cached = x.device.type == "cpu" and blackbox.differentiable
+    return max(1, (CPU_PIXELS_AT_ONCE if cached else PIXELS_AT_ONCE) // x.shape[-2:].numel())
 
 
 def along(corners: Tensor, t: Tensor) -> Tensor:
@@ -123,8 +131,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     refine = needed[1] if refine is None else refine
     batch, size = len(x), x.shape[-2:]
     rows = torch.arange(batch, device=x.device)
-    cached = x.device.type == "cpu" and blackbox.differentiable
-    at_once = max(1, (CPU_PIXELS_AT_ONCE if cached else PIXELS_AT_ONCE) // size.numel())
+    at_once = images_at_once(x, blackbox)
 
     def look(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (n, 3, H, W) of some images (n,) at shares t (n,) of the way, and b's probabilities (n, C)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cae import classifiers, counterfactuals, metrics, training
 from cae.classifiers import BlackBox
-from cae.explain import along, explain, over_donors
+from cae.explain import along, explain, images_at_once, over_donors
 from cae.images import Fit, load, to_tensor
 from cae.metrics import Fill
 from cae.networks import CAE
@@ -289,14 +289,17 @@ class MeasureWorker:
             for entry, share in zip(found, covered.tolist(), strict=True):
                 entry[f"covered_{form}"] = share
         given = self.blackbox, seen.x, heat, seen.source
+        batch = images_at_once(seen.x, self.blackbox)
         for fill in self.fills:
-            curve = partial(metrics.perturbation_curve, *given, fill=fill, seed=self.seed)
+            curve = partial(metrics.perturbation_curve, *given, fill=fill, seed=self.seed, batch=batch)
             long = curve(steps=whole, draws=1)
             # The long curve begins with the short one; only the noise asks for more draws of that.
             short = curve(steps=count, draws=self.draws) if fill == "uniform" else long[:, :count]
             columns = {"disjoint": short, "paper": curve(steps=count, draws=self.draws, disjoint=False), "long": long}
             if self.full:
-                areas = metrics.insertion_deletion(*given, steps=AREA_STEPS, fill=fill, draws=1, seed=self.seed)
+                areas = metrics.insertion_deletion(
+                    *given, steps=AREA_STEPS, fill=fill, draws=1, seed=self.seed, batch=batch
+                )
                 columns |= {"insertion": areas.insertion_area, "deletion": areas.deletion_area}
             lists = {name: values.tolist() for name, values in columns.items()}
             for k, entry in enumerate(found):
