@@ -13,7 +13,6 @@ import io
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -239,30 +238,30 @@ def split_of(item: Item, present: Collection[str | None], label_free: bool = Fal
     return "train" if position < 0.7 else "val" if position < 0.85 else "test"
 
 
-def check_classes(items: Iterable[Item]) -> list[str]:
-    """The class names, sorted, once it is sure that they can be trained on.
+def check_classes(counts: Mapping[tuple[str | None, str | None], int]) -> list[str]:
+    """The class names, sorted, once it is sure that they can be trained on; `counts` is (split, class) -> images.
 
     Raises ValueError, in one line, unless there are two classes or more with MIN_TRAIN images or more each in train.
     """
-    items = list(items)
-    if not items:
+    total = sum(counts.values())
+    if not total:
         raise ValueError("no images: give a folder with images in CLASS/* or SPLIT/CLASS/*")
-    classes = sorted({item.label for item in items if item.label is not None})
+    classes = sorted({label for _, label in counts if label is not None})
     if not classes:
         raise ValueError(
-            f"none of the {len(items)} images has a label, and training needs them: sort the images into one folder "
+            f"none of the {total} images has a label, and training needs them: sort the images into one folder "
             "per class, or give a trained classifier with --classifier to label them"
         )
     if len(classes) == 1:
         raise ValueError(
-            f"only one class, {classes[0]!r}, with {len(items)} images, and training needs two: give the folder whose "
+            f"only one class, {classes[0]!r}, with {total} images, and training needs two: give the folder whose "
             "subfolders are the classes, or a trained classifier with --classifier"
         )
-    counts = Counter(item.label for item in items if item.split == "train")
     for name in classes:
-        if counts[name] < MIN_TRAIN:
+        held = counts.get(("train", name), 0)
+        if held < MIN_TRAIN:
             raise ValueError(
-                f"class {name!r} has {counts[name]} images in train and needs {MIN_TRAIN}: add images to it, or take "
+                f"class {name!r} has {held} images in train and needs {MIN_TRAIN}: add images to it, or take "
                 "its folders out"
             )
     return classes

@@ -61,8 +61,8 @@ class Survey:
     splits: set[str | None]
     """The splits that are given, and None where an image has none."""
     version: str = ""
-    """Another one where a file of the source has another content, as far as its size or ETag say so; those that a list
-    names are not asked."""
+    """Another one where a file of the source has another content, as far as its size or ETag say so. Of the files that
+    a list names, those on disk say so by their items' version; URLs are not asked."""
 
 
 def survey(source: str, rows: int = 256) -> Survey:
@@ -303,7 +303,7 @@ def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence
     for number, row in enumerate(rows, 1):
         given = str(row[column] or "").strip()
         path = given if "://" in given or os.path.isabs(given) else f"{os.path.dirname(source) or '.'}/{given}"
-        item = Item(path, given, None, None, None)
+        item = Item(path, given, None, None, None, version=_size(path))
         if not given:
             item = Item(source, f"row {number}", None, None, None, problem=f"the row has no {column}")
         elif SURPLUS in row:
@@ -312,6 +312,14 @@ def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence
     if not items:
         raise ValueError(f"{source} lists no images")
     return items
+
+
+def _size(path: str) -> str:
+    """The size of a file on disk; "" where there is none, or it is elsewhere."""
+    try:
+        return "" if "://" in path else str(os.path.getsize(path))
+    except (OSError, ValueError):  # a name with a null byte
+        return ""
 
 
 def _list_csv(path: str) -> list[Item]:

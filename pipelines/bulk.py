@@ -8,6 +8,7 @@ checkpoints need rows to reach a write task first and keep a growing set of ids 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -110,6 +111,14 @@ def bulk(
             rate = seen / (told - begun)
             left = (rows - seen) / rate / 60
             print(f"{stage:9} {seen:,}/{rows:,} images  {rate:.1f}/s  {left:.1f} min left", flush=True)
+
+
+def listing(units: list[Unit], version: str) -> hashlib._Hash:
+    """A hash of what there is to do, and of the `version` of where it comes from."""
+    found = hashlib.sha256(version.encode())
+    for unit in units:
+        found.update(repr(unit).encode("utf-8", "surrogateescape"))
+    return found
 
 
 # --- Parquet in the run folder ---------------------------------------------------------------------------------------

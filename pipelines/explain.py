@@ -23,7 +23,7 @@ from cae import classifiers, sources
 from cae.explain import Mode, choose_mode
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, read_part, shard_units
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, read_part, shard_units
 from pipelines.cluster import connect, device_of
 from pipelines.command_line import command
 from pipelines.embed import EmbedOptions
@@ -135,7 +135,7 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
     check_targets(options, chosen["classes"])
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
-    _refuse_other(run, model, units, found.version)
+    _refuse_other(run, model, listing(units, found.version))
     _share_overlays(units, options.overlays)
     connect()
     bulk(run, options, "explain", units, ArchiveWorker, "explanations/_parts", **explainer(model, options))
@@ -172,19 +172,16 @@ def _share_overlays(units: list[Unit], overlays: int) -> None:
         overlays -= unit["overlays"]
 
 
-def _refuse_other(run: Run, model: Run, units: list[Unit], version: str) -> None:
+def _refuse_other(run: Run, model: Run, found: hashlib._Hash) -> None:
     """Raise UserError when the folder has explanations of an archive, or by a model, that has changed since."""
-    listing = hashlib.sha256(version.encode())
-    for unit in units:
-        listing.update(repr(unit).encode("utf-8", "surrogateescape"))
     with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
-        listing.update(file.read())
-    if run.state.get("listing") != listing.hexdigest() and list_parts(run, "explanations"):
+        found.update(file.read())
+    if run.state.get("listing") != found.hexdigest() and list_parts(run, "explanations"):
         raise UserError(
             f"{run.folder} holds explanations of another archive or model, or it has changed since: choose another "
             "--out, or drop them with --again"
         )
-    run.state["listing"] = listing.hexdigest()
+    run.state["listing"] = found.hexdigest()
     run.save()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cae import classifiers, data, images, sources, synthetic
@@ -22,7 +23,7 @@ from cae.config import PRESETS
 from cae.data import Item
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, write_table
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, write_table
 from pipelines.cluster import connect
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
@@ -84,7 +85,7 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
             names = list(classifiers.class_names(spec, tuple(names)))
         units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
         arguments = {"names": names, "present": found.splits, "label_free": bool(options.classifier)}
-    _start_over_if_changed(run, repr((units, version)))
+    _start_over_if_changed(run, listing(units, version).hexdigest()[:16])
     bulk(run, options, "shard", units, ShardWorker, "shards/_parts", on_gpu=False, **arguments)
 
     rejected = pa.concat_tables([_read(run, part) for part in list_parts(run, "shards/_parts")])
@@ -94,23 +95,26 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
         why = f", the first because: {rejected['reason'][0]}" if len(rejected) else ""
         raise UserError(f"none of the {len(rejected)} files in {source} is a readable image{why}")
     index = read_index(run)
-    rows = index.to_pylist()
+    grouped = index.group_by(["split", "class_name"]).aggregate([([], "count_all")]).to_pylist()
+    held = {(row["split"], row["class_name"]): row["count_all"] for row in grouped}
     if not options.classifier:
-        readable = data.check_classes([Item("", r["id"], r["split"], r["class_name"], None) for r in rows])
+        readable = data.check_classes(held)
         empty = sorted(set(names) - set(readable))
         if empty and options.dataset != "synthetic":
             raise UserError(f"class {empty[0]!r} has no readable image: take its folder out of {source}")
-    counts = dict(Counter(row["split"] for row in rows))
+    counts = Counter[str]()
+    for (split, _), count in held.items():
+        counts[split] += count
     digest = hashlib.sha256("\n".join(sorted(index["id"].to_pylist())).encode()).hexdigest()[:16]
     tracking.log_dataset(options.dataset, source, digest, **counts)
     if len(rejected):
         tracking.log_folder(run, "shards/rejected.parquet")
     shown = ", ".join(f"{split} {count:,}" for split, count in sorted(counts.items()))
     return {
-        "says": f"{len(rows):,} images ({shown}), {len(names)} classes, {len(rejected)} rejected",
+        "says": f"{len(index):,} images ({shown}), {len(names)} classes, {len(rejected)} rejected",
         "classes": names,
-        "grey": all(row["grey"] for row in rows),
-        "counts": counts,
+        "grey": pc.all(index["grey"]).as_py(),
+        "counts": dict(counts),
         "rejected": len(rejected),
         "digest": digest,
         "source": source,
@@ -142,17 +146,16 @@ def _ranges(count: int) -> list[Unit]:
     ]  # fmt: skip
 
 
-def _start_over_if_changed(run: Run, archive: str) -> None:
+def _start_over_if_changed(run: Run, found: str) -> None:
     """Drop what an interrupted call left behind when the source has changed since: its parts no longer fit.
 
     Raises UserError for a folder `shards` that is none of ours.
     """
-    listing = hashlib.sha256(archive.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    if run.state.get("listing") != listing and run.fs.exists(run.path("shards")):
+    if run.state.get("listing") != found and run.fs.exists(run.path("shards")):
         if "listing" not in run.state:
             raise UserError(f"{run.folder} has a folder shards that no run of ours made: choose another --run")
         run.fs.rm(run.path("shards"), recursive=True)
-    run.state["listing"] = listing
+    run.state["listing"] = found
     run.save()
 
 
