@@ -76,7 +76,8 @@ class ExplainWorker:
     def explain(self, ids: list[str], arrays: np.ndarray) -> list[dict[str, Any]]:
         """A row for every explanation of images uint8 (B, size, size, 3); draws overlays while any are left."""
         rows: list[dict[str, Any]] = []
-        multiple = max(1, min(FILLED, BATCH // self.ways.donors))
+        cached = self.device == "cpu" and self.blackbox.differentiable  # else filling would only ask more questions
+        multiple = max(1, min(FILLED, BATCH // self.ways.donors)) if cached else 1
         at_once = max(1, BATCH // self.ways.donors // multiple) * multiple
         p = self.blackbox.probabilities(to_tensor(arrays[filled(len(arrays))], self.device)).cpu()[: len(arrays)]
         images, targets = [], []
@@ -131,7 +132,7 @@ class ExplainWorker:
                             codes=(class_code[there], individual_code[there]), **self.how)  # fmt: skip
         except RuntimeError as error:
             # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
-            if wanted > 1:
+            if len(images) > 1:
                 pairs = list(zip(images, targets, strict=True))[:wanted]
                 return [row for i, t in pairs for row in self._explain(arrays, ids, p, [i], [t])]
             reason = str(error).splitlines()[0]
