@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
@@ -135,10 +136,11 @@ def decode_milliseconds(run: Run, size: int) -> float:
 def index_bytes(run: Run) -> float:
     """Bytes of memory an image that the index of all images takes in one process, as `shard` reads it."""
     tracemalloc.start()
-    rows = read_index(run).to_pylist()
-    peak = tracemalloc.get_traced_memory()[1]
+    before = pa.total_allocated_bytes()  # Arrow's memory is none of Python's
+    index = read_index(run)
+    held = pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak / len(rows)
+    return held / len(index)
 
 
 def on_paper(images: int, flops: int, tflops: float, kept: float, files: float, decode_ms: float) -> dict[str, float]:

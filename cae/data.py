@@ -61,7 +61,7 @@ class Item:
     problem: str = ""
     """Why it cannot be read, where that is known already."""
     version: str = field(default="", compare=False)
-    """Of a file in a folder: see `version_of`."""
+    """Of a file in a folder, or one on disk that a list names: see `version_of`. Else ""."""
 
 
 class DatasetMissing(ValueError):

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
@@ -40,7 +41,7 @@ from cae.data import (
 )
 from cae.images import UnreadableImage, encode_png, load_all
 
-Piece = dict[str, Any]  # plain values, so that any process can be handed it
+Piece = dict[str, Any]  # plain values and `Item`s: any process can be handed it
 STREAMED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # can only be read from the start
 # Columns of lists and tables, in any case; of several the first.
 PATHS = ("path", "url", "uri", "file", "filename", "file_name", "image")
@@ -303,7 +304,7 @@ def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence
     for number, row in enumerate(rows, 1):
         given = str(row[column] or "").strip()
         path = given if "://" in given or os.path.isabs(given) else f"{os.path.dirname(source) or '.'}/{given}"
-        item = Item(path, given, None, None, None, version=_size(path))
+        item = Item(path, given, None, None, None)
         if not given:
             item = Item(source, f"row {number}", None, None, None, problem=f"the row has no {column}")
         elif SURPLUS in row:
@@ -311,15 +312,23 @@ def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence
         items.append(_numbered(_describe(item, row), seen))
     if not items:
         raise ValueError(f"{source} lists no images")
-    return items
+    chunks = [items[start : start + 1000] for start in range(0, len(items), 1000)]
+    with ThreadPoolExecutor(16) as pool:  # on a network's disk every answer takes its time
+        return [item for chunk in pool.map(_with_versions, chunks) for item in chunk]
 
 
-def _size(path: str) -> str:
-    """The size of a file on disk; "" where there is none, or it is elsewhere."""
-    try:
-        return "" if "://" in path else str(os.path.getsize(path))
-    except (OSError, ValueError):  # a name with a null byte
-        return ""
+def _with_versions(items: Sequence[Item]) -> list[Item]:
+    """The items, those that are files on disk with their versions."""
+
+    def told(item: Item) -> Item:
+        if item.problem or ("://" in item.path and not item.path.startswith("file://")):
+            return item
+        try:
+            return replace(item, version=_version(item.path))
+        except (OSError, ValueError):  # there is none, or its name has a null byte
+            return item
+
+    return [told(item) for item in items]
 
 
 def _list_csv(path: str) -> list[Item]:

@@ -15,6 +15,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ UNIT_ROWS = 256
 PATIENCE = (1, 5, 20, 60)  # seconds before a unit is tried again whose files' server cannot be reached
 FILLED = 8
 """Batches are filled up to a multiple of this: torch keeps its CPU kernels for every size of batch that they were built
-for, which is a hundred MiB over an archive."""
+for, which is a hundred MiB over an archive. Where a path is searched for its flip (modes `path`, `contrast`, `input`)
+it does not help: as many images are asked about at each step as have not flipped yet."""
 ACTOR_ROWS = 1000  # images that are worth starting another actor for, which takes seconds
 
 
@@ -113,12 +115,25 @@ def bulk(
             print(f"{stage:9} {seen:,}/{rows:,} images  {rate:.1f}/s  {left:.1f} min left", flush=True)
 
 
-def listing(units: list[Unit], version: str) -> hashlib._Hash:
-    """A hash of what there is to do, and of the `version` of where it comes from."""
+def listing(units: list[Unit], version: str) -> str:
+    """A hash of what there is to do, and of the `version` of where it comes from: 64 hexadecimal digits.
+
+    Of an item's fields only those that differ from their defaults are in it, with their names: a field that is new to
+    the code leaves the hashes of what was listed before as they were.
+    """
+
+    def told(value: Any) -> Any:
+        if isinstance(value, list):
+            return [told(one) for one in value]
+        if not is_dataclass(value):
+            return value
+        return [(f.name, held) for f in fields(value) if (held := getattr(value, f.name)) != f.default]
+
     found = hashlib.sha256(version.encode())
     for unit in units:
-        found.update(repr(unit).encode("utf-8", "surrogateescape"))
-    return found
+        named = sorted((name, told(value)) for name, value in unit.items())
+        found.update(repr(named).encode("utf-8", "surrogateescape"))
+    return found.hexdigest()
 
 
 # --- Parquet in the run folder ---------------------------------------------------------------------------------------
@@ -139,10 +154,11 @@ def list_parts(run: Run, folder: str) -> list[str]:
     return sorted(path[len(base) + 1 :] for path in run.fs.find(base) if path.endswith(".parquet"))
 
 
-def read_table(run: Run, folder: str, columns: list[str] | None = None) -> pa.Table:
-    """All parts of a folder of the run, sorted by id. Hidden folders (`_parts`) are left out."""
+def read_table(run: Run, folder: str, columns: list[str] | None = None, parts: list[str] | None = None) -> pa.Table:
+    """The parts of a folder of the run, these or all, sorted by id. Of all, hidden folders (`_parts`) are left out."""
     base = run.fs._strip_protocol(run.path(folder))
-    parts = [part for part in list_parts(run, folder) if not part.startswith("_")]
+    if parts is None:
+        parts = [part for part in list_parts(run, folder) if not part.startswith("_")]
     if not parts:
         raise UserError(f"{run.path(folder)} holds no Parquet files")
     tables = [pq.read_table(f"{base}/{part}", columns=columns, filesystem=run.fs, partitioning=None) for part in parts]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -33,7 +35,9 @@ from pipelines.ways import read_ways
 SWAPS = 2000  # images a split whose class codes are swapped, at most
 NEW_CODES = 2000  # class codes made by SMOTE, of each class
 SHOWN = 8  # images whose maps by every method are drawn side by side
-TASKS = 16  # images of a unit: short ones tell sooner how long it takes, and keep every core busy to the end
+MEASURED = (
+    16  # images measured in a unit: short ones tell sooner how long it takes, and keep every core busy to the end
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
               "device": device_of(options), "ways": read_ways(run, options), "modes": own_modes(options)}  # fmt: skip
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
          oracle=oracle, full=full, draws=options.draws, seed=options.seed)  # fmt: skip
-    rows = read_table(run, "evaluation/images").to_pandas()
+    rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()
     maps = tables.map_rows(rows)
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
     found = {
@@ -174,11 +178,16 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
         ids = read_unit(run, unit, ["id"])["id"].to_pylist()
         chosen = [{"row": i} | tasks[name] for i, name in enumerate(ids) if name in tasks]
         whole.append(unit | {"tasks": chosen, "explanations": unit["part"]})
-        for start in range(0, len(chosen), TASKS):
-            part = f"{unit['part'].removesuffix('.parquet')}-{start:04d}.parquet"
-            some = chosen[start : start + TASKS]
+        for some in _cut(chosen):
+            part = f"{unit['part'].removesuffix('.parquet')}-{some[0]['row']:04d}-{some[-1]['row']:04d}.parquet"
             units.append(whole[-1] | {"tasks": some, "rows": len(some), "part": part})
     return Plan(headline, units, _timed(whole), skipped)
+
+
+def _cut(tasks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Tasks, in their order, in runs with at most MEASURED that are measured in each; the others cost little."""
+    before = np.cumsum([0, *(task["measured"] for task in tasks)])[:-1] // MEASURED
+    return [[task for task, _ in group] for _, group in groupby(zip(tasks, before, strict=True), itemgetter(1))]
 
 
 def _spread_new_codes(codes: pd.DataFrame, tasks: dict[str, dict[str, Any]], split: str, seed: int) -> dict[str, str]:

@@ -172,16 +172,16 @@ def _share_overlays(units: list[Unit], overlays: int) -> None:
         overlays -= unit["overlays"]
 
 
-def _refuse_other(run: Run, model: Run, found: hashlib._Hash) -> None:
+def _refuse_other(run: Run, model: Run, archive: str) -> None:
     """Raise UserError when the folder has explanations of an archive, or by a model, that has changed since."""
     with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
-        found.update(file.read())
-    if run.state.get("listing") != found.hexdigest() and list_parts(run, "explanations"):
+        found = hashlib.sha256(archive.encode() + file.read()).hexdigest()
+    if run.state.get("listing") != found and list_parts(run, "explanations"):
         raise UserError(
             f"{run.folder} holds explanations of another archive or model, or it has changed since: choose another "
             "--out, or drop them with --again"
         )
-    run.state["listing"] = found.hexdigest()
+    run.state["listing"] = found
     run.save()
 
 

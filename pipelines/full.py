@@ -45,6 +45,22 @@ class FullOptions(evaluate.EvaluateOptions, tune.TuneOptions):
     trials: tyro.conf.Suppress[int] = 1
 
 
+def _check_targets(options: FullOptions) -> None:
+    """Raise UserError for wrong `--targets` as soon as the classes are known, and not after the training.
+
+    The stages before have noted them down as what further calls of the run take: forgotten here.
+    """
+    run = Run(options.run)
+    if run.done("classify"):
+        try:
+            explain.check_targets(options, run.result("classify")["classes"])
+        except UserError:
+            if run.state["options"].get("targets") == options.targets:
+                run.state["options"].pop("targets")
+                run.save()
+            raise
+
+
 def main(options: FullOptions) -> None:
     """Do the stages and say where the results are."""
     unknown = [stage for stage in options.stages if stage not in STAGES]
@@ -61,13 +77,13 @@ def main(options: FullOptions) -> None:
         begun = time.time()
         print(f"{options.dataset}, preset {options.preset}, run folder {run.folder}", flush=True)
         for name in stages:
+            if "explain" in stages:
+                _check_targets(options)
             if name == "tune":
                 tune.main(replace(options, trials=options.tune))
                 options = tune.best_of(run, options)
             else:
                 STAGES[name](options)
-            if name == "classify" and "explain" in stages:  # as soon as the classes are known, not after the training
-                explain.check_targets(options, Run(options.run).result("classify")["classes"])
         print(f"finished in {(time.time() - begun) / 60:.1f} min")
     run = Run(options.run)
     if run.done("evaluate"):

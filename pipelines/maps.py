@@ -77,8 +77,9 @@ class ExplainWorker:
         """A row for every explanation of images uint8 (B, size, size, 3); draws overlays while any are left."""
         rows: list[dict[str, Any]] = []
         cached = self.device == "cpu" and self.blackbox.differentiable  # else filling would only ask more questions
-        multiple = max(1, min(FILLED, BATCH // self.ways.donors)) if cached else 1
-        at_once = max(1, BATCH // self.ways.donors // multiple) * multiple
+        room = BATCH // self.ways.donors  # at least 1: see MOST_DONORS
+        multiple = min(FILLED, room) if cached else 1
+        at_once = room // multiple * multiple
         p = self.blackbox.probabilities(to_tensor(arrays[filled(len(arrays))], self.device)).cpu()[: len(arrays)]
         images, targets = [], []
         for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):

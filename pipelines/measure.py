@@ -154,6 +154,10 @@ class MeasureWorker:
         table = read_unit(self.run, unit).take([task["row"] for task in tasks])
         seen = self._see(table["image"].to_pylist())
         rows = self._rows(unit, table["id"].to_pylist(), seen)
+        if len(rows) > 1:  # how much codes of different images are alike: what `identity` is to be read against
+            others = counterfactuals.identity(seen.individual, seen.individual.roll(1, 0))
+            for row, value in zip(rows, others.tolist(), strict=True):
+                row["identity_of_others"] = value
         swaps = [i for i, task in enumerate(tasks) if task["donor"] is not None]
         for some in _portions(swaps):
             self._swap([rows[i] for i in some], [tasks[i] for i in some], seen[some])
@@ -238,7 +242,8 @@ class MeasureWorker:
         judged = [k for k, task in enumerate(tasks) if task["measured"]]
         if judged:
             chosen, of = seen[judged], [rows[k] for k in judged]
-            self._image_features(of, chosen)
+            for row, features in zip(of, self._features(chosen.x), strict=True):
+                row |= {"features": features, "counterfactuals": []}
             self._counterfactual("reconstruction", of, chosen, chosen.reconstruction, chosen.source)
             first = waypoints[np.cumsum([0, *counts])[judged]]  # of several counter codes of an image
             end = explain(self.cae, self.blackbox, chosen.x, chosen.source, target[judged], first, **self.own)
@@ -305,15 +310,6 @@ class MeasureWorker:
             for k, entry in enumerate(found):
                 entry["curves"].append({"fill": fill} | {name: values[k] for name, values in lists.items()})
         return found
-
-    def _image_features(self, rows: list[dict[str, Any]], seen: Seen) -> None:
-        features = self._features(seen.x)
-        # How much the individual codes of other images are alike: what `identity` is to be read against.
-        others = counterfactuals.identity(seen.individual, seen.individual.roll(1, 0)) if len(rows) > 1 else None
-        for k, row in enumerate(rows):
-            row |= {"features": features[k], "counterfactuals": []}
-            if others is not None:
-                row["identity_of_others"] = float(others[k])
 
     @torch.no_grad()
     def _counterfactual(self, kind: str, rows: list[dict[str, Any]], seen: Seen, images: Tensor, target: Tensor,

@@ -188,7 +188,7 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     run.save()
     begun = time.time()
     try:
-        with tracking.tracked(run, options, name, flat(options)):
+        with tracking.tracked(run, options, name, flat(options), set(_flat(decisive))):
             result = work(run, options)
             seconds = time.time() - begun
             tracking.log_metrics(

@@ -85,7 +85,7 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
             names = list(classifiers.class_names(spec, tuple(names)))
         units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
         arguments = {"names": names, "present": found.splits, "label_free": bool(options.classifier)}
-    _start_over_if_changed(run, listing(units, version).hexdigest()[:16])
+    _start_over_if_changed(run, listing(units, version)[:16])
     bulk(run, options, "shard", units, ShardWorker, "shards/_parts", on_gpu=False, **arguments)
 
     rejected = pa.concat_tables([_read(run, part) for part in list_parts(run, "shards/_parts")])

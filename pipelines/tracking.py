@@ -50,8 +50,12 @@ def _track_at(uri: str) -> None:
 
 
 @contextmanager
-def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any]) -> Iterator[None]:
-    """Inside, MLflow's active run is the stage's, nested in the run folder's own; both have the parameters."""
+def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any], own: set[str]) -> Iterator[None]:
+    """Inside, MLflow's active run is the stage's, nested in the run folder's own.
+
+    The stage's has all parameters, the folder's those that are the stage's `own`: MLflow never forgets one, and later
+    stages may be called with others, or be refused them.
+    """
     uri = store(run, options)
     if uri.startswith("sqlite:///"):
         os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")), exist_ok=True)
@@ -82,8 +86,9 @@ def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any]) -
             log_system_metrics=True,
             tags=tags | {"stage": stage},
         ) as child:
-            for active in (whole, child):
-                new = {k: v for k, v in params.items() if k not in active.data.params}
+            common = own | {"dataset", "preset"}
+            for active, told in ((whole, {k: v for k, v in params.items() if k in common}), (child, params)):
+                new = {k: v for k, v in told.items() if k not in active.data.params}
                 client.log_batch(active.info.run_id, params=[mlflow.entities.Param(k, str(v)) for k, v in new.items()])
             run.state["stages"][stage]["mlflow_run_id"] = child.info.run_id
             run.save()

@@ -104,7 +104,7 @@ def test_an_archive_whose_files_have_changed_is_another(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     first, second = (encode_png(blob(rng, label)) for label in (0, 1))
     assert len(first) != len(second)
-    for name in ("folder", "new.zip", "tables", "list.csv"):
+    for name in ("folder", "new.zip", "tables", "list.csv", "uris.csv"):
         path, versions = tmp_path / name, []
         for content in (first, first, second):
             held = {"a.png": content, "b.png": first}
@@ -113,15 +113,16 @@ def test_an_archive_whose_files_have_changed_is_another(tmp_path: Path) -> None:
             elif name == "tables":
                 path.mkdir(exist_ok=True)
                 pq.write_table(pa.table({"image": list(held.values())}), path / "0.parquet")
-            elif name == "list.csv":  # of the files that the loop has left in the folder
+            elif name.endswith(".csv"):  # of the files that the loop has left in the folder
                 (tmp_path / "folder/a.png").write_bytes(content)
-                path.write_text("path\nfolder/a.png\nfolder/b.png\n")
+                folder = "folder" if name == "list.csv" else f"file://{tmp_path}/folder"
+                path.write_text(f"path\n{folder}/a.png\n{folder}/b.png\nnowhere.png\n")
             else:
                 path.mkdir(exist_ok=True)
                 for file, data in held.items():
                     (path / file).write_bytes(data)
             found = survey(str(path))
-            versions.append(listing(found.pieces, found.version).digest())
+            versions.append(listing(found.pieces, found.version))
         assert versions[0] == versions[1] != versions[2], name
 
 

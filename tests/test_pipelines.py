@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -25,8 +26,8 @@ from cae.images import decode, to_tensor
 from cae.metrics import Fill
 from cae.networks import from_authors
 from cae.peers.table import peers
-from pipelines.bulk import read_images, shard_units
-from pipelines.evaluate import NEW_CODES
+from pipelines.bulk import listing, read_images, shard_units
+from pipelines.evaluate import NEW_CODES, _cut
 from pipelines.explain import ExplainOptions
 from pipelines.maps import ExplainWorker
 from pipelines.measure import CONTROLS, MeasureWorker
@@ -297,15 +298,44 @@ def test_images_are_read_in_the_order_asked_for_however_often(finished: Path) ->
         read_images(run, np.array(["nobody", *ids]), 32, "crop")
 
 
-def test_targets_that_are_no_class_are_refused_before_the_training(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    found = state(folder)
-    found["stages"] = {name: found["stages"][name] for name in ("shard", "classify")}
-    (folder / "run.json").write_text(json.dumps(found))
-    wrong = command("full.py", "--run", str(folder), "--targets", "nobody")
-    assert wrong.returncode and "--targets nobody: choose runner-up, all, or one of plain, spot" in wrong.stderr
-    assert set(state(folder)["stages"]) == {"shard", "classify"}
+def test_targets_that_are_no_class_are_refused_before_the_training_and_forgotten(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder, given = tmp_path / "run", ["--targets", "nobody", "--stages", "shard", "classify", "train", "explain"]
+    begin = ["--dataset", state(finished)["stages"]["shard"]["result"]["source"], *TINY, "--resnet.epochs", "1"]
+    for words in ([*begin, *given], given):  # by classify, then by the stages that are done
+        wrong = command("full.py", "--run", str(folder), *words)
+        assert wrong.returncode and "--targets nobody: choose runner-up, all, or one of plain, spot" in wrong.stderr
+        found = state(folder)
+        assert set(found["stages"]) == {"shard", "classify"} and "targets" not in found["options"]
+    whole = mlflow.MlflowClient(found["tracking_uri"]).get_run(found["mlflow_run_id"]).data.params
+    assert "targets" not in whole and whole["image_size"] == "32" and whole["resnet.epochs"] == "1"
+
+
+def test_units_of_evaluate_are_cut_by_what_is_measured() -> None:
+    tasks = [{"row": i, "measured": i % 3 > 0} for i in range(100)]
+    cut = _cut(tasks)
+    assert [task for unit in cut for task in unit] == tasks and len(cut) == 5
+    assert [sum(task["measured"] for task in unit) for unit in cut] == [16, 16, 16, 16, 2]
+    assert _cut([]) == [] and len(_cut([{"row": i, "measured": False} for i in range(256)])) == 1
+
+
+def test_a_listing_tells_what_there_is_to_do_and_not_how_the_code_writes_it() -> None:
+    @dataclass
+    class Older:
+        path: str
+        name: str
+
+    @dataclass
+    class Newer(Older):
+        extra: str = ""
+
+    older = [{"part": "0", "items": [Older("a", "b")]}, {"part": "1", "table": "t", "rows": 3}]
+    newer = [{"items": [Newer("a", "b")], "part": "0"}, {"part": "1", "table": "t", "rows": 3}]
+    assert listing(older, "v") == listing(newer, "v")
+    newer[0]["items"] = [Newer("a", "b", "c")]
+    others = [listing(older, "w"), listing(older[:1], "v"), listing(newer, "v")]
+    assert len({listing(older, "v"), *others}) == 4
 
 
 def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ def explained(folder: Path) -> pd.DataFrame:
 def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     shutil.copytree(finished, folder)
-    for done in ("cae", "codes", "manifold", "explanations", "evaluation/images", "checkpoints/train"):
+    for done in ("cae", "codes", "manifold", "explanations", "checkpoints/train"):
         shutil.rmtree(folder / done)
+    for measured in folder.glob("evaluation/images/split=*/*.parquet"):  # those of units that were cut otherwise
+        measured.rename(measured.with_stem("of-an-earlier-version"))
     memory = state(folder)
     memory["stages"] = {name: memory["stages"][name] for name in ("shard", "classify")}
     (folder / "run.json").write_text(json.dumps(memory))
@@ -45,3 +47,7 @@ def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path
     assert ours.id.to_list() == theirs.id.to_list() and ours.status.to_list() == theirs.status.to_list()
     np.testing.assert_allclose(np.stack(ours["map"]), np.stack(theirs["map"]), atol=2e-3)
     assert (folder / "report.html").exists()
+    measured, swaps = ([pd.read_csv(path / f"evaluation/{name}.csv") for path in (folder, finished)]
+                       for name in ("measured", "swap_success"))  # fmt: skip
+    assert measured[0].id.is_unique and set(measured[0].id) == set(measured[1].id)
+    assert swaps[0].images.to_list() == swaps[1].images.to_list()

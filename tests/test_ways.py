@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from conftest import state
@@ -15,8 +16,10 @@ from cae import classifiers, training
 from cae.explain import explain
 from cae.images import decode, to_tensor
 from cae.manifold import TrainingCodes
-from pipelines.bulk import read_table, shard_units
+from pipelines.bulk import matrix, read_table, read_unit, shard_units
+from pipelines.classify import PredictWorker
 from pipelines.command_line import parse
+from pipelines.embed import EmbedWorker
 from pipelines.explain import ExplainOptions, path_options, read_counter_codes
 from pipelines.maps import ExplainWorker, choose_targets
 from pipelines.mistakes import UserError
@@ -174,19 +177,55 @@ def test_ways_that_cannot_be_gone_are_refused(finished: Path) -> None:
     assert read_ways(run, options(finished, "--counter", spot)).targets == "spot"
 
 
-@pytest.mark.parametrize(("donors", "paths"), [("1", {8, 16, 24, 32}), ("3", {24}), ("6", {30})])
-def test_the_networks_see_few_sizes_of_batches(finished: Path, donors: str, paths: set[int]) -> None:
-    run, given = Run(str(finished)), options(finished, "--counter", "random", "--donors", donors, "--mode", "input")
+@pytest.mark.parametrize(
+    ("donors", "mode", "paths"),
+    [
+        ("1", "input", {8, 16, 24, 32}),
+        ("3", "input", {24}),
+        ("6", "input", {30}),
+        ("1", "integrated", {8, 16, 24, 32}),
+        ("1", "patch", set()),
+    ],
+)
+def test_the_networks_see_few_sizes_of_batches(finished: Path, donors: str, mode: str, paths: set[int]) -> None:
+    run, given = Run(str(finished)), options(finished, "--counter", "random", "--donors", donors, "--mode", mode)
     worker = ExplainWorker(run, spec=str(finished / "classifier"), names=("plain", "spot"), cae=str(finished / "cae"),
                            size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=False,
                            how=path_options(given) | {"steps": 1, "refine": 0})  # fmt: skip
-    asked, encoded = set[int](), set[int]()
-    worker.blackbox.register_forward_pre_hook(lambda _, given: asked.add(len(given[0])))
-    worker.cae.class_encoder.register_forward_pre_hook(lambda _, given: encoded.add(len(given[0])))
+    asked, encoded = sizes_seen(worker.blackbox), sizes_seen(worker.cae.class_encoder)
     arrays = np.random.default_rng(0).integers(256, size=(32, 32, 32, 3), dtype=np.uint8)
     whole = worker.explain([str(i) for i in range(32)], arrays)
     for count in (1, 7, 8, 19, 31):
         rows = worker.explain([str(i) for i in range(count)], arrays[:count])
         assert [(row["id"], row["status"]) for row in rows] == [(row["id"], row["status"]) for row in whole[:count]]
         assert all(np.allclose(a["map"], b["map"], atol=1e-3) for a, b in zip(rows, whole, strict=False))
-    assert asked <= paths | {8, 16, 24, 32} and encoded <= {8, 16, 24, 32, 5}
+    assert encoded <= {8, 16, 24, 32, 5}
+    if mode == "patch":  # besides, full batches of windows, and what is left over of them for each size
+        assert {8, 16, 24, 32} <= asked and len(asked) <= 9
+    else:
+        assert asked <= paths | {8, 16, 24, 32}
+
+
+def sizes_seen(network: torch.nn.Module) -> set[int]:
+    """The batch sizes that a network will have been given."""
+    seen = set[int]()
+    network.register_forward_pre_hook(lambda _, given: seen.add(len(given[0])))
+    return seen
+
+
+@pytest.mark.parametrize("kind", [PredictWorker, EmbedWorker])
+def test_workers_that_ask_about_every_image_fill_their_last_batch(
+    finished: Path, kind: type[PredictWorker | EmbedWorker]
+) -> None:
+    run = Run(str(finished))
+    worker = kind(run, str(finished / "classifier"), ("plain", "spot"), 32, "crop", "cpu")
+    asked = sizes_seen(worker.blackbox)
+    (unit,) = shard_units(run, ("val",))
+    found = worker(unit)
+    assert unit["rows"] % 8 and asked and all(size % 8 == 0 for size in asked)
+    assert found["id"].to_pylist() == read_unit(run, unit, ["id"])["id"].to_pylist()
+    folder = "predictions" if kind is PredictWorker else "codes"
+    kept = read_table(run, folder, ["id", "probabilities"]).filter(
+        pc.is_in(pc.field("id"), found["id"].combine_chunks())
+    )
+    assert np.allclose(matrix(found["probabilities"]), matrix(kept["probabilities"]), atol=1e-5)
