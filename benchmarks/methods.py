@@ -46,7 +46,10 @@ def examples(run: Run, blackbox: BlackBox, count: int, seed: int) -> tuple[Tenso
 
 
 def methods(run: Run, cae: CAE) -> dict[str, Method]:
-    """The CAE in each of its modes, towards the run's codes of the classes, and every peer, by name."""
+    """The CAE in each of its modes, towards the run's codes of the classes, and every peer, by name.
+
+    Maps of modes `path`, `contrast` and `input` are not smoothed, as in the paper.
+    """
     counters = {label: torch.from_numpy(code) for label, (_, code) in read_counter_codes(run).items()}
     modes = {f"CAE, {mode}": partial(_of_cae, cae, counters, mode) for mode in get_args(Mode)}
     return modes | {name: partial(_of_peer, peer) for name, peer in peers(cae).items()}
@@ -64,7 +67,8 @@ def maps_to(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
             mode: Mode | Literal["auto"] = "auto") -> Tensor:  # fmt: skip
     """The CAE's maps (B, H, W) on the way to class codes (B, D)."""
     chunks = zip(*(given.split(BATCH) for given in (x, source, target, codes)), strict=True)
-    return torch.cat([explain(cae, blackbox, *chunk, mode=mode).map for chunk in chunks])
+    smooth = {} if mode in ("auto", "integrated", "patch") else {"smooth": 0.0}
+    return torch.cat([explain(cae, blackbox, *chunk, mode=mode, **smooth).map for chunk in chunks])
 
 
 def _of_cae(

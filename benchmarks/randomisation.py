@@ -16,6 +16,7 @@ python benchmarks/randomisation.py --run runs/chest_xray-quick --work runs/permu
 from __future__ import annotations
 
 import datetime
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -54,15 +55,17 @@ def permuted_data(run: Run, folder: Path, seed: int) -> None:
     """The run's train and val images as PNG files in class folders, those of train with their labels shuffled."""
     size, names = run.state["options"]["model"]["image_size"], run.result("classify")["classes"]
     table = read_table(run, "predictions", ["id", "split", "label"]).to_pandas()
-    rng = np.random.default_rng(seed)
+    rng, draft = np.random.default_rng(seed), folder.with_name(f"{folder.name}-draft")
+    shutil.rmtree(draft, ignore_errors=True)
     for split in ("train", "val"):
         part = table[table.split == split]
         labels = rng.permutation(part.label.to_numpy()) if split == "train" else part.label.to_numpy()
-        images = read_images(run, part.id.to_numpy(), size, "crop")
+        images = read_images(run, part.id.to_numpy(), size, run.state["options"]["fit"])
         for name, label, image in zip(part.id, labels, images, strict=True):
-            path = folder / split / names[int(label)] / f"{name.replace('/', '_')}.png"
+            path = draft / split / names[int(label)] / f"{name.replace('/', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
+    draft.rename(folder)  # whole, or not there
 
 
 def main(options: Options, rest: list[str]) -> None:

@@ -81,13 +81,17 @@ def penultimate(classifier: nn.Module) -> Features:
 
 
 @torch.no_grad()
-def kid(features: Features, images: Tensor, others: Tensor, batch: int = 256) -> float:
+def kid(
+    features: Features, images: Tensor, others: Tensor, batch: int = 256, pairs: tuple[Tensor, Tensor] | None = None
+) -> float:
     """Kernel distance between two sets of images (N, 3, H, W) and (M, 3, H, W). Binkowski et al., ICLR 2018.
 
     The unbiased estimate of the squared maximum mean discrepancy under the kernel (a . b / D + 1)^3 of their features
     (B, D); 0 on average for sets of one distribution, so it may be below 0. The whole sets are compared, in double
     precision, `batch` images or rows of the kernel at a time. The features are not Inception's: numbers are comparable
-    within a run, under one feature function, and with no published KID. Raises ValueError on fewer than 2 images.
+    within a run, under one feature function, and with no published KID. `pairs`: which images were made from which
+    others, as two lists of places: alike for that reason alone, they are left out of the comparison of the sets, as an
+    image and itself are within one. Raises ValueError on fewer than 2 images.
     """
     if min(len(images), len(others)) < 2:
         raise ValueError(f"sets have {len(images)} and {len(others)} images: both need at least 2")
@@ -100,7 +104,11 @@ def kid(features: Features, images: Tensor, others: Tensor, batch: int = 256) ->
         itself = ((x.square().mean(1) + 1) ** 3).sum()  # the kernel's diagonal, which would bias the estimate
         return (kernel_sum(x, x) - itself) / (len(x) * (len(x) - 1))
 
-    return float(within(a) + within(b) - 2 * kernel_sum(a, b) / (len(a) * len(b)))
+    across, count = kernel_sum(a, b), len(a) * len(b)
+    if pairs is not None:
+        across -= (((a[pairs[0]] * b[pairs[1]]).mean(1) + 1) ** 3).sum()
+        count -= len(pairs[0])
+    return float(within(a) + within(b) - 2 * across / count)
 
 
 def identity(codes: Tensor, others: Tensor) -> Tensor:

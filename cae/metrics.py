@@ -394,24 +394,42 @@ def separability(codes: ArrayLike, labels: ArrayLike, seed: int = 0) -> dict[str
     return result
 
 
-def paired_bootstrap(a: ArrayLike, b: ArrayLike, draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of a - b over images, both (N,), and its 95% percentile interval: (mean, low, high).
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike, draws: int = 10_000, seed: int = 0, groups: ArrayLike | None = None
+) -> tuple[float, float, float]:
+    """Mean of a over images minus that of b, both (N,), and its 95% percentile interval: (difference, low, high).
 
-    Images are resampled, each with both of its values. Raises ValueError on other shapes, fewer than 2 images, or
-    values that are not finite.
+    Of curves (N, P) the largest mean over the images among the P is taken in place of the mean, as in Eq. 12. Images
+    are resampled, each with both of its values; with `groups` (N,), of the same patient say, whole groups, as images of
+    one group say less than as many that have nothing to do with each other. Raises ValueError on other shapes, fewer
+    than 2 images or groups, or values that are not finite.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
+    if first.ndim not in (1, 2) or first.shape != second.shape or len(first) < 2:
         raise ValueError(f"a has shape {first.shape}, b {second.shape}: pass two values for each of at least 2 images")
-    difference = first - second
-    if not np.isfinite(difference).all():
-        where = int(np.flatnonzero(~np.isfinite(difference))[0])
+    both = np.stack([first, second], 1).reshape(len(first), 2, -1)  # (N, 2, P)
+    if not np.isfinite(both).all():
+        where = int(np.flatnonzero(~np.isfinite(both).all((1, 2)))[0])
         raise ValueError(f"a or b is not finite at image {where}: leave the image out of both")
-    random, number = _random("bootstrap", seed), len(difference)
-    means = np.empty(draws)
+    own = np.unique(np.arange(len(both)) if groups is None else np.asarray(groups), return_inverse=True)[1]
+    number = int(own.max()) + 1
+    if number < 2 or len(own) != len(both):
+        raise ValueError(f"{number} groups of {len(own)} images: pass one for each of {len(both)}, and at least 2")
+    sizes, sums = np.bincount(own).astype(float), np.zeros((number, 2, both.shape[2]))
+    np.add.at(sums, own, both)
+
+    def difference(total: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Of sums (..., 2 * P) over so many images (...)."""
+        peak = (total / images[..., None]).reshape(*images.shape, 2, -1).max(-1)
+        return peak[..., 0] - peak[..., 1]
+
+    random, found = _random("bootstrap", seed), np.empty(draws)
     rows = max(1, BOOTSTRAP_CELLS // number)
     for start in range(0, draws, rows):
-        chunk = means[start : start + rows]
-        chunk[:] = difference[random.integers(0, number, (len(chunk), number))].mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(difference.mean()), float(low), float(high)
+        chunk = found[start : start + rows]
+        picked = random.integers(0, number, (len(chunk), number)) + number * np.arange(len(chunk))[:, None]
+        times = np.bincount(picked.ravel(), minlength=picked.size).reshape(len(chunk), number).astype(float)
+        chunk[:] = difference(times @ sums.reshape(number, -1), times @ sizes)
+    low, high = np.percentile(found, (2.5, 97.5))
+    whole = difference(sums.sum(0).reshape(-1), sizes.sum())
+    return float(whole), float(low), float(high)

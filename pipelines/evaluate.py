@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,9 +24,10 @@ from pipelines.bulk import Unit, bulk, read_table, read_unit, shard_units
 from pipelines.cluster import connect, device_of
 from pipelines.command_line import command
 from pipelines.explain import ExplainOptions, path_options
-from pipelines.measure import MeasureWorker
+from pipelines.measure import SMOOTHED, MeasureWorker
 from pipelines.report import write_report
 from pipelines.run import Run
+from pipelines.shard import read_index
 from pipelines.timing import TIMED, TimeWorker
 from pipelines.ways import read_ways
 
@@ -51,7 +50,7 @@ class EvaluateOptions(ExplainOptions):
     evaluated: int = 64
     """Images of each split whose maps are measured by perturbation, among those that the classifier gets right."""
     draws: int = 5
-    """Random fills that each perturbation is averaged over."""
+    """Random fills that AOPC under noise is averaged over; the long curves and areas take one."""
 
 
 def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
@@ -68,15 +67,20 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     common = {"spec": chosen["spec"], "names": names, "size": options.model.image_size, "fit": options.fit,
               "device": device_of(options), "ways": read_ways(run, options), "modes": own_modes(options)}  # fmt: skip
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
-         oracle=oracle, full=full, draws=options.draws, seed=options.seed)  # fmt: skip
+         oracle=oracle, full=full, draws=options.draws, seed=options.seed, smooth=options.smooth)  # fmt: skip
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()
+    index = read_index(run)
+    known = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
+    rows["group"] = rows.id.map(known).fillna(rows.id)
     maps = tables.map_rows(rows)
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
     found = {
         "swap_success": tables.swap_table(rows, names),
         "counterfactuals": tables.counterfactual_table(rows),
         "separability": tables.separability_table(codes, options.seed),
-        "perturbation": tables.perturbation_table(maps, {name: peer.told for name, peer in peers().items()}),
+        "perturbation": tables.perturbation_table(
+            maps, {kind: peer.told for name, peer in peers().items() for kind in (name, name + SMOOTHED)}
+        ),
         "localisation": tables.localisation_table(maps),
         "grid": tables.grid_table(rows),
         "training": tables.training_table(run.state["stages"], tracking.read_history(run, "train")),
@@ -112,7 +116,12 @@ def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     """The CAE's methods by their name in tables, and what `explain` takes for each: the run's own mode is `CAE`."""
     modes: dict[str, ExplainOptions] = {"CAE": options}
     if options.tables == "full":
-        modes |= {f"CAE {m}": replace(options, mode=m, steps=0) for m in get_args(Mode) if m != options.mode}
+        if options.smooth:
+            modes["CAE, not smoothed"] = replace(options, smooth=0)
+        for mode in get_args(Mode):
+            if mode != options.mode:  # the paper's, and what is compared with it, to the letter
+                smooth = options.smooth if mode in ("integrated", "patch") else 0
+                modes[f"CAE {mode}"] = replace(options, mode=mode, steps=0, smooth=smooth)
     return {name: path_options(how) for name, how in modes.items()}
 
 
@@ -156,11 +165,20 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
                 tasks[of_split.iloc[int(i)].id] = nothing | {
                     "donor": donor.id, "donor_class": int(donor.predicted), "donor_code": donor.class_code.tolist(),
                 }  # fmt: skip
+    skipped: dict[str, str] = {}
     for split in sorted(splits, key=lambda split: split != headline):  # whatever other splits there are
         fine = set(explained[(explained.split == split) & (explained.status != "failed")].id)
-        right = codes[(codes.split == split) & codes.id.isin(fine)].sort_values("id")
+        of_split = codes[codes.split == split]
+        right = of_split[of_split.id.isin(fine)].sort_values("id")
+        without = len(of_split) - len(right)
         if right.label.notna().any():
             right = right[right.label == right.predicted]
+        wrong = len(of_split) - without - len(right)
+        if without or wrong or len(right) < options.evaluated:
+            skipped[f"maps of some of the {len(of_split)} images of {split}"] = (
+                f"{without} have no explanation and {wrong} are misclassified, so {len(right)} could be measured, of "
+                f"which --evaluated {options.evaluated} asks for so many"
+            )
         order = rng.permutation(len(right))
         measured = right.iloc[order[: options.evaluated]]
         # Where the truth is known, maps are held to it on more of these, unless every peer makes them too.
@@ -172,11 +190,16 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
             for _, of_class in measured.groupby("predicted"):
                 for name in of_class.id[: max(1, SHOWN // measured.predicted.nunique())]:
                     tasks[name] |= {"shown": True}
-    skipped = _spread_new_codes(codes, tasks, headline, options.seed) if full else {}
+    if full:
+        skipped |= _spread_new_codes(codes, tasks, headline, options.seed)
     whole, units = [], []
     for unit in shard_units(run, tuple(splits)):
-        ids = read_unit(run, unit, ["id"])["id"].to_pylist()
-        chosen = [{"row": i} | tasks[name] for i, name in enumerate(ids) if name in tasks]
+        table = read_unit(run, unit, ["id", "mask"])
+        known = table["mask"].is_valid().to_pylist()
+        chosen = [
+            {"row": i} | tasks[name] | {"located": tasks[name]["located"] and known[i]}
+            for i, name in enumerate(table["id"].to_pylist()) if name in tasks
+        ]  # fmt: skip
         whole.append(unit | {"tasks": chosen, "explanations": unit["part"]})
         for some in _cut(chosen):
             part = f"{unit['part'].removesuffix('.parquet')}-{some[0]['row']:04d}-{some[-1]['row']:04d}.parquet"
@@ -185,9 +208,10 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
 
 
 def _cut(tasks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Tasks, in their order, in runs with at most MEASURED that are measured in each; the others cost little."""
-    before = np.cumsum([0, *(task["measured"] for task in tasks)])[:-1] // MEASURED
-    return [[task for task, _ in group] for _, group in groupby(zip(tasks, before, strict=True), itemgetter(1))]
+    """Tasks in units: MEASURED of those whose maps are measured in each, and all others, which cost little, in one."""
+    costly = [task for task in tasks if task["measured"] or task["located"]]
+    cheap = [task for task in tasks if not (task["measured"] or task["located"])]
+    return [costly[start : start + MEASURED] for start in range(0, len(costly), MEASURED)] + ([cheap] if cheap else [])
 
 
 def _spread_new_codes(codes: pd.DataFrame, tasks: dict[str, dict[str, Any]], split: str, seed: int) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from cae import classifiers, counterfactuals, metrics, training
 from cae.classifiers import BlackBox
 from cae.explain import along, explain, images_at_once, over_donors
-from cae.images import Fit, load, to_tensor
+from cae.images import Fit, blur, load, to_tensor
 from cae.metrics import Fill
 from cae.networks import CAE
 from cae.peers import controls
@@ -31,7 +31,7 @@ from pipelines.cluster import place
 from pipelines.run import Run
 from pipelines.ways import Ways
 
-CURVE = 0.30  # share of the image to which perturbation curves are drawn
+CURVE = 0.15  # share of the image to which perturbation curves are drawn: twice the headline's
 HEADLINE = 0.075  # share of the image over which AOPC is taken: the paper's 100 patches of 7x7 on 256x256
 AREA_STEPS = 10  # of the insertion and deletion curves
 STRIDES = (2, 4)  # of the encoders' convolutions and of the decoder's upsampling
@@ -39,6 +39,7 @@ WALK = 9  # frames of a straight path between two class codes
 AT_ONCE = 16  # images that a method is given, or walked with, at once
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 BRIEF_PEERS = ("Grad-CAM",)
+SMOOTHED = ", smoothed"  # behind a peer's name: its maps after the blur that CAE's get
 Method = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]
 """Images (B, 3, S, S), b's classes (B,), classes to walk to (B,), waypoints of all paths there (n, W, D) and how many
 of these paths are each image's, in turn (B,) -> maps (B, S, S)."""
@@ -100,7 +101,7 @@ def waypoints_of(ways: Ways, ids: list[str], code: Tensor, target: Tensor) -> tu
 def answered(run: Run, part: str, ids: list[str]) -> dict[str, dict[str, Any]]:
     """What stage explain said of these images: id -> row with `target` and `map`.
 
-    Of several targets the one that the classifier finds likeliest.
+    Of several targets the one that the classifier finds likeliest in the reconstruction.
     """
     if not ids:
         return {}
@@ -139,7 +140,8 @@ class MeasureWorker:
     """
 
     def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
-                 oracle: str, modes: dict[str, dict[str, Any]], full: bool, draws: int, seed: int) -> None:  # fmt: skip
+                 oracle: str, modes: dict[str, dict[str, Any]], full: bool, draws: int, seed: int,
+                 smooth: float = 0) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device, self.draws, self.seed = run, size, fit, device, draws, seed
         self.blackbox = place(classifiers.load(spec, names), device)
         self.oracle = place(classifiers.load(oracle, names), device) if oracle else None
@@ -147,11 +149,19 @@ class MeasureWorker:
         self.ways = ways
         self.own, self.full = modes["CAE"], full
         self.methods = methods(self.blackbox, self.cae, modes, full, seed)
+        self.smooth, self.fine = smooth, {name for name, peer in peers().items() if peer.fine}
         self.fills: tuple[Fill, ...] = get_args(Fill) if full else ("uniform",)
 
     def __call__(self, unit: Unit) -> pa.Table:
         tasks = unit["tasks"]
         table = read_unit(self.run, unit).take([task["row"] for task in tasks])
+        rows: list[dict[str, Any]] = []
+        for some in np.array_split(np.arange(len(tasks)), -(-len(tasks) // AT_ONCE)):  # even ones: two images at least
+            rows += self._portion(unit, [tasks[i] for i in some], table.take(some))
+        return pa.Table.from_pylist(rows, SCHEMA)
+
+    def _portion(self, unit: Unit, tasks: list[dict[str, Any]], table: pa.Table) -> list[dict[str, Any]]:
+        """The rows of AT_ONCE images or fewer."""
         seen = self._see(table["image"].to_pylist())
         rows = self._rows(unit, table["id"].to_pylist(), seen)
         if len(rows) > 1:  # how much codes of different images are alike: what `identity` is to be read against
@@ -159,8 +169,8 @@ class MeasureWorker:
             for row, value in zip(rows, others.tolist(), strict=True):
                 row["identity_of_others"] = value
         swaps = [i for i, task in enumerate(tasks) if task["donor"] is not None]
-        for some in _portions(swaps):
-            self._swap([rows[i] for i in some], [tasks[i] for i in some], seen[some])
+        if swaps:
+            self._swap([rows[i] for i in swaps], [tasks[i] for i in swaps], seen[swaps])
         for row, task, individual in zip(rows, tasks, seen.individual, strict=True):
             row["measured"] = task["measured"]
             if task["new_codes"]:
@@ -168,11 +178,11 @@ class MeasureWorker:
 
         masks = self._masks(table["mask"].to_pylist())
         chosen = [i for i, task in enumerate(tasks) if task["measured"] or (task["located"] and bool(masks[i].any()))]
-        answers = answered(self.run, unit["explanations"], [rows[i]["id"] for i in chosen])
-        for some in _portions(chosen):
-            answer = [answers[rows[i]["id"]] for i in some]
-            self._measure([rows[i] for i in some], [tasks[i] for i in some], seen[some], masks[some], answer)
-        return pa.Table.from_pylist(rows, SCHEMA)
+        if chosen:
+            answers = answered(self.run, unit["explanations"], [rows[i]["id"] for i in chosen])
+            answer = [answers[rows[i]["id"]] for i in chosen]
+            self._measure([rows[i] for i in chosen], [tasks[i] for i in chosen], seen[chosen], masks[chosen], answer)
+        return rows
 
     @torch.no_grad()
     def _see(self, images: list[bytes]) -> Seen:
@@ -238,6 +248,8 @@ class MeasureWorker:
                     row["maps"].append({"method": name, "error": str(error).splitlines()[0]})
                 continue
             self._judge(name, heat, rows, tasks, seen, masks)
+            if self.full and self.smooth and name in self.fine:
+                self._judge(name + SMOOTHED, blur(heat, self.smooth), rows, tasks, seen, masks)
 
         judged = [k for k, task in enumerate(tasks) if task["measured"]]
         if judged:
@@ -299,7 +311,8 @@ class MeasureWorker:
             curve = partial(metrics.perturbation_curve, *given, fill=fill, seed=self.seed, batch=batch)
             long = curve(steps=whole, draws=1)
             # The long curve begins with the short one; only the noise asks for more draws of that.
-            short = curve(steps=count, draws=self.draws) if fill == "uniform" else long[:, :count]
+            more = fill == "uniform" and self.draws > 1
+            short = curve(steps=count, draws=self.draws) if more else long[:, :count]
             columns = {"disjoint": short, "paper": curve(steps=count, draws=self.draws, disjoint=False), "long": long}
             if self.full:
                 areas = metrics.insertion_deletion(
@@ -340,10 +353,6 @@ class MeasureWorker:
 
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.from_numpy(np.stack([np.asarray(value, np.float32) for value in values])).to(self.device)
-
-
-def _portions(items: list[int]) -> list[list[int]]:
-    return [items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE)]
 
 
 def _measure_grid(rows: list[dict[str, Any]], images: dict[str, Tensor]) -> None:

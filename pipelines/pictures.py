@@ -18,7 +18,7 @@ from cae.networks import CAE
 from pipelines import tables, tracking
 from pipelines.bulk import read_images
 from pipelines.explain import path_options
-from pipelines.measure import CONTROLS, walk
+from pipelines.measure import CONTROLS, SMOOTHED, walk
 from pipelines.run import Run
 from pipelines.ways import read_ways
 
@@ -61,13 +61,15 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             plots.smoothness({k: p for k, (p, _) in ways.items()}, {k: share for k, (_, share) in ways.items()}),
         )
     curves = tables.curve_rows(maps)
-    curves = curves[curves.split == headline] if len(curves) else curves
+    if len(curves):
+        curves = curves[(curves.split == headline) & ~curves.method.str.endswith(SMOOTHED)]
     for fill, group in curves.groupby("fill", sort=False) if len(curves) else ():
         means = {name: np.stack(part.long.to_list()).mean(0) for name, part in group.groupby("method", sort=False)}
         covered = np.arange(1, len(next(iter(means.values()))) + 1) * 49 / options.model.image_size**2
         pictures["perturbation" if fill == "uniform" else f"perturbation_{fill}"] = (
             f"Mean fall of the probability of the predicted class over {group.id.nunique()} images of {headline}, by "
-            f"the share of the image destroyed in disjoint 7x7 patches, filled with {FILLS[str(fill)]}.",
+            f"the share of the image destroyed in disjoint 7x7 patches, filled with {FILLS[str(fill)]}; peers' maps as "
+            "they are.",
             plots.perturbation_curves(means, covered),
         )
     aopc = found["perturbation"].query("split == @headline and measure == 'aopc' and form == 'disjoint'")
@@ -137,7 +139,7 @@ def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: 
         ),
     }  # fmt: skip
     if len(kept):
-        shown = kept[~kept.method.isin(CONTROLS)]
+        shown = kept[~kept.method.isin(CONTROLS) & ~kept.method.str.endswith(SMOOTHED)]
         table = shown.pivot(index="id", columns="method", values="map").reindex(sample.id).dropna(axis=1)
         by_method = {
             method: np.stack([np.asarray(heat, np.float32).reshape(size, size) for heat in table[method]])

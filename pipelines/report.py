@@ -111,7 +111,11 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             "measured; more is better. Disjoint patches, all of them in the image, cover the same area for every "
             "method and are the headline; the paper's form lets them overlap, which rewards noisy maps. A method that "
             "does not beat the grey controls explains nothing. Differences are paired over images, with 95% bootstrap "
-            "intervals. A star: the method fills its own queries as the measure does, an unfair advantage.",
+            "intervals; images of one patient or group are drawn together. A star: the method fills its own queries "
+            "as the measure does, an unfair advantage. Fine-grained maps are measured as they are and smoothed as "
+            "CAE's are; modes `path`, `contrast` and `input` are not smoothed, as in the paper. Smooth FullGrad, LIME "
+            "and RISE take 10, 500 and 1000 samples, fewer than their authors. CAE's values tie more than they would: "
+            "its maps are read back in half precision.",
             shown("perturbation", "perturbation_blur", "perturbation_inpaint", "differences"),
             perturbation_tables(found["perturbation"])
             + table("Whether the ranking of methods holds across fills", "fill_agreement")

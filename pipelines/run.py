@@ -184,7 +184,9 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     begun_before = run.state["stages"].get(name, {})
     if begun_before and begun_before["options"] != decisive:
         _drop(run, name)
-    run.state["stages"][name] = begun_before | {"options": decisive, "mistake": False}
+        begun_before.pop("calls", None)
+    calls = begun_before.get("calls", 0) + 1
+    run.state["stages"][name] = begun_before | {"options": decisive, "mistake": False, "calls": calls}
     run.save()
     begun = time.time()
     try:

@@ -1,8 +1,8 @@
 """The tables of stage evaluate: what the workers measured, a row an image -> tables. Pure.
 
 Every comparison of methods has the same columns: `images` and mean `value` of a method, and `cae_minus_this`, `low` and
-`high`, the mean of CAE's value minus this method's over the images that have both, with its paired bootstrap 95%
-interval.
+`high`, the mean of CAE's value minus this method's over the images that have both, with its 95% interval by a paired
+bootstrap of the images' `group`s: patients, say, where those are known.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LOCALISED = {
 
 
 def map_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per image and method, with the image's `id` and `split`; those without a map have an `error`."""
+    """One row per image and method, with its `id`, `split` and `group`; those without a map have an `error`."""
     return pd.DataFrame([
-        {"id": row.id, "split": row.split, **entry}
+        {"id": row.id, "split": row.split, "group": row.group, **entry}
         for row in rows.dropna(subset="maps").itertuples() for entry in row.maps
     ])  # fmt: skip
 
@@ -42,22 +42,28 @@ def curve_rows(maps: pd.DataFrame) -> pd.DataFrame:
     if maps.empty:
         return pd.DataFrame()
     return pd.DataFrame([
-        {"id": row.id, "split": row.split, "method": row.method, **entry,
+        {"id": row.id, "split": row.split, "group": row.group, "method": row.method, **entry,
          **{f"aopc_{form}": float(np.mean(entry[form])) for form in ("disjoint", "paper")}}
         for row in maps.dropna(subset="curves").itertuples() for entry in row.curves
     ])  # fmt: skip
 
 
 def compare(frame: pd.DataFrame, value: str, against: bool = True) -> list[dict[str, Any]]:
-    """A row of COMPARED for each method, in their order in a frame with the columns `id`, `method` and `value`."""
-    table = frame.pivot(index="id", columns="method", values=value).astype(float).sort_index()
-    found = []
+    """A row of COMPARED for each method, in their order in a frame with the columns `id`, `group`, `method` and
+    `value`: means over images, or of curves the largest mean over images (Eq. 12)."""
+    table, found = frame.pivot(index="id", columns="method", values=value).sort_index(), []
+    group = frame.drop_duplicates("id").set_index("id").group
     for method in frame.method.unique():
         of_method = table[method].dropna()
-        row = {"method": method, "images": len(of_method), "value": of_method.mean()}
+        values = np.array(of_method.to_list(), float)
+        curves = values.ndim == 2
+        whole = metrics.peak_degradation(torch.from_numpy(values)) if curves else of_method.astype(float).mean()
+        row = {"method": method, "images": len(values), "value": whole}
         both = table[["CAE", method]].dropna() if against and method != "CAE" and "CAE" in table else of_method[:0]
-        if len(both) > 1:
-            row |= dict(zip(COMPARED[3:], metrics.paired_bootstrap(both["CAE"], both[method]), strict=True))
+        if group[both.index].nunique() > 1:
+            ours, theirs = (np.array(both[name].to_list(), float) for name in both)
+            interval = metrics.paired_bootstrap(ours, theirs, groups=group[both.index])
+            row |= dict(zip(COMPARED[3:], interval, strict=True))
         found.append(row)
     return found
 
@@ -77,10 +83,7 @@ def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) ->
         common = {"split": split, "fill": fill}
         for form in ("disjoint", "paper"):
             out += [common | {"form": form, "measure": "aopc"} | row for row in compare(group, f"aopc_{form}")]
-            for method, of_method in group.groupby("method", sort=False):
-                peak = metrics.peak_degradation(torch.from_numpy(np.stack(of_method[form].to_list())))
-                out.append(common | {"form": form, "measure": "pd", "method": method, "images": len(of_method),
-                                     "value": peak})  # fmt: skip
+            out += [common | {"form": form, "measure": "pd"} | row for row in compare(group, form)]
         for measure in ("insertion", "deletion"):
             if group[measure].notna().any():
                 out += [common | {"form": "pixels", "measure": measure} | row for row in compare(group, measure)]
@@ -199,8 +202,9 @@ def counterfactual_table(rows: pd.DataFrame) -> pd.DataFrame:
     end of the run's path to the code that stands for the target class), `swap` (the code of a random image of it).
 
     Valid for b, and for the oracle where there is one; L1, L2 and sparsity of the difference to the image itself;
-    identity, and that of different images; KID, in b's features, to real images that b gives the class, mean over
-    classes; share of straight paths there on which the probability of the class falls by no more than DIP.
+    identity, and that of different images; KID, in b's features, to real images that b gives the class, other than the
+    one each was made from, mean over classes; share of paths there (of several counter codes, to the first) on which
+    the probability of the class falls by no more than DIP.
     """
     found = counterfactual_rows(rows)
     columns = ["split", "kind", "images", "valid", "oracle_valid", "l1", "l2", "sparsity", "identity",
@@ -222,10 +226,12 @@ def _kid(images: pd.DataFrame, generated: pd.DataFrame) -> float:
     """KID of generated images to the real ones of the same class, mean over classes, weighted by the former."""
     total, count = 0.0, 0
     for label, part in generated.dropna(subset="features").groupby("target"):
-        real = images[images.source == label].features.dropna()
+        real = images[images.source == label].dropna(subset="features")
         if min(len(part), len(real)) >= KID_IMAGES:
-            a, b = (torch.from_numpy(np.stack(features.to_list())) for features in (part.features, real))
-            total += len(part) * counterfactuals.kid(lambda x: x, a, b)
+            a, b = (torch.from_numpy(np.stack(some.features.to_list())) for some in (part, real))
+            _, made, origin = np.intersect1d(part.id, real.id, assume_unique=True, return_indices=True)
+            pairs = torch.from_numpy(made), torch.from_numpy(origin)
+            total += len(part) * counterfactuals.kid(lambda x: x, a, b, pairs=pairs)
             count += len(part)
     return total / count if count else float("nan")
 
@@ -267,12 +273,13 @@ def time_table(times: pd.DataFrame) -> pd.DataFrame:
 def training_table(stages: Mapping[str, Any], history: Mapping[str, Sequence[tuple[int, float]]]) -> pd.DataFrame:
     """Table VI: seconds of each stage that learns, from run.json; of the embedding, pairs and pairs a second.
 
-    A stage that was stopped and called again has the seconds of its last call.
+    A stage that was stopped and called again has the seconds of the last of its `calls`.
     """
     out = []
     for stage, what in (("classify", "classifier"), ("train", "embedding"), ("embed", "codes and manifold")):
-        row: dict[str, Any] = {"stage": stage, "what": what, "seconds": stages.get(stage, {}).get("seconds")}
+        noted = stages.get(stage, {})
+        row: dict[str, Any] = {"stage": stage, "what": what} | {name: noted.get(name) for name in ("seconds", "calls")}
         if stage == "train" and history.get("pairs_per_second"):
             row |= dict(zip(("pairs", "pairs_per_second"), history["pairs_per_second"][-1], strict=True))
         out.append(row)
-    return pd.DataFrame(out, columns=["stage", "what", "seconds", "pairs", "pairs_per_second"])
+    return pd.DataFrame(out, columns=["stage", "what", "seconds", "calls", "pairs", "pairs_per_second"])

@@ -87,6 +87,18 @@ def test_kid_is_its_definition() -> None:
         counterfactuals.kid(features, a[:1], b)
 
 
+def test_kid_leaves_out_what_was_made_from_each_other() -> None:
+    draw = torch.Generator().manual_seed(0)
+    biased, fair = [], []
+    for _ in range(200):
+        own = torch.randn(20, 6, generator=draw)
+        copies = own + 0.01 * torch.randn(20, 6, generator=draw)
+        biased.append(counterfactuals.kid(lambda x: x, copies, own))
+        fair.append(counterfactuals.kid(lambda x: x, copies, own, pairs=(torch.arange(20), torch.arange(20))))
+    assert np.mean(biased) < -5 * np.std(biased) / 200**0.5
+    assert abs(np.mean(fair)) < 0.02 * abs(np.mean(biased))  # sums over the same pairs, almost
+
+
 def test_kid_is_unbiased_and_sees_a_shift() -> None:
     """Of equal distributions 0 on average, of either sign; each estimate's own spread gives the tolerance."""
     draw = torch.Generator().manual_seed(0)

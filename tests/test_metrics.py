@@ -178,6 +178,30 @@ def test_bootstrap_covers_the_truth_19_times_in_20() -> None:
     assert 175 <= covered <= 199  # 190 expected; standard error 3.1, and small samples cover a little less
 
 
+def test_bootstrap_of_groups_and_of_curves_is_that_of_their_definition() -> None:
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 12, 60)
+    a, b = rng.normal(0.2, 1, (2, 60)) + 2 * rng.normal(size=12)[patients]  # a patient's images have much in common
+    a2, b2 = rng.normal([0.0, 0.1, 0.2], 1, (2, 60, 3))
+    mean, low, high = metrics.paired_bootstrap(a, 0 * a, groups=patients)
+    _, near, far = metrics.paired_bootstrap(a, 0 * a)
+    assert mean == pytest.approx(a.mean()) and high - low > 1.5 * (far - near)
+    names = np.array([f"p{k}" for k in patients])
+    assert metrics.paired_bootstrap(a, 0 * a, groups=names)[0] == pytest.approx(mean)
+    peak, low, high = metrics.paired_bootstrap(a2, b2, groups=patients, draws=4000)
+    assert peak == pytest.approx(a2.mean(0).max() - b2.mean(0).max())
+    slow, members = [], [np.flatnonzero(patients == k) for k in np.unique(patients)]
+    for _ in range(4000):
+        drawn = np.concatenate([members[k] for k in rng.integers(0, len(members), len(members))])
+        slow.append(a2[drawn].mean(0).max() - b2[drawn].mean(0).max())
+    width = np.subtract(*np.percentile(slow, (97.5, 2.5)))
+    assert np.allclose([low, high], np.percentile(slow, (2.5, 97.5)), atol=0.05 * width)
+    one = metrics.paired_bootstrap(a[:, None], b[:, None], groups=patients)
+    assert one == pytest.approx(metrics.paired_bootstrap(a, b, groups=patients))
+    with pytest.raises(ValueError, match="1 groups of 60 images"):
+        metrics.paired_bootstrap(a, b, groups=0 * patients)
+
+
 def test_bootstrap_is_paired_chunked_and_strict(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(0, 100, 50)
     assert metrics.paired_bootstrap(values + 0.5, values, draws=100) == pytest.approx((0.5, 0.5, 0.5))

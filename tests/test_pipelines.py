@@ -261,8 +261,10 @@ def test_the_full_set_measures_every_method_under_every_fill(finished: Path, tmp
     done = command("evaluate.py", "--run", str(folder), *words)
     assert done.returncode == 0, done.stderr[-3000:]
     tables = {path.stem: pd.read_csv(path, keep_default_na=False) for path in (folder / "evaluation").glob("*.csv")}
-    own = {"CAE"} | {f"CAE {mode}" for mode in get_args(Mode) if mode != "integrated"}
-    compared = own | set(peers(training.load(str(folder / "cae"))))
+    own = {"CAE", "CAE, not smoothed"} | {f"CAE {mode}" for mode in get_args(Mode) if mode != "integrated"}
+    known = peers(training.load(str(folder / "cae")))
+    timed = own | set(known)
+    compared = timed | {f"{name}, smoothed" for name, peer in known.items() if peer.fine}
     for split in ("val", "test"):
         aopc = tables["perturbation"]
         aopc = aopc[(aopc.split == split) & (aopc.measure == "aopc")]
@@ -271,10 +273,10 @@ def test_the_full_set_measures_every_method_under_every_fill(finished: Path, tmp
             assert set(part.method) == compared | set(CONTROLS) and set(part.images) == {2}
     told = tables["perturbation"].query("told == 'True' or told == True")
     assert {(row.method, row.fill) for row in told.itertuples()} == {
-        (name, fill) for name, peer in peers().items() for fill in peer.told
+        (name + kind, fill) for name, peer in peers().items() for fill in peer.told for kind in ("", ", smoothed")
     }  # fmt: skip
     times = tables["time_per_map"]
-    assert set(times.name[times.kind == "method"]) == compared and (times.seconds > 0).all()
+    assert set(times.name[times.kind == "method"]) == timed and (times.seconds > 0).all()
     assert tables["new_codes"].codes.sum() == 2 * NEW_CODES and tables["skipped"].empty
     counterfactuals = tables["counterfactuals"]
     assert set(counterfactuals.kind) == {"reconstruction", "explanation", "swap"}
@@ -313,11 +315,12 @@ def test_targets_that_are_no_class_are_refused_before_the_training_and_forgotten
 
 
 def test_units_of_evaluate_are_cut_by_what_is_measured() -> None:
-    tasks = [{"row": i, "measured": i % 3 > 0} for i in range(100)]
+    tasks = [{"row": i, "measured": i % 3 > 1, "located": i % 3 > 0} for i in range(100)]
     cut = _cut(tasks)
-    assert [task for unit in cut for task in unit] == tasks and len(cut) == 5
-    assert [sum(task["measured"] for task in unit) for unit in cut] == [16, 16, 16, 16, 2]
-    assert _cut([]) == [] and len(_cut([{"row": i, "measured": False} for i in range(256)])) == 1
+    assert sorted(task["row"] for unit in cut for task in unit) == list(range(100))
+    assert [sum(task["measured"] or task["located"] for task in unit) for unit in cut] == [16, 16, 16, 16, 2, 0]
+    cheap = [{"row": i, "measured": False, "located": False} for i in range(256)]
+    assert _cut([]) == [] and _cut(cheap) == [cheap]
 
 
 def test_a_listing_tells_what_there_is_to_do_and_not_how_the_code_writes_it() -> None:

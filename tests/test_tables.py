@@ -40,9 +40,9 @@ def rows() -> pd.DataFrame:
         ]  # fmt: skip
         if i == 2:
             maps[1] = {"method": "peer", "error": "it has no gradient"}
-        out.append({"id": f"image {i}", "split": "test", "source": 0, "measured": True, "features": np.zeros(2),
-                    "maps": maps})  # fmt: skip
-    return pd.DataFrame([*out, {"id": "other", "split": "test", "source": 1, "measured": False}])
+        out.append({"id": f"image {i}", "split": "test", "group": f"patient {i}", "source": 0, "measured": True,
+                    "features": np.zeros(2), "maps": maps})  # fmt: skip
+    return pd.DataFrame([*out, {"id": "other", "split": "test", "group": "p", "source": 1, "measured": False}])
 
 
 def test_perturbation_is_means_peaks_and_paired_differences() -> None:
@@ -64,9 +64,25 @@ def test_perturbation_is_means_peaks_and_paired_differences() -> None:
                 continue
             expected = metrics.paired_bootstrap(VALUES["CAE"][fill][:kept], values[:kept])
             np.testing.assert_allclose([row.cae_minus_this, row.low, row.high], expected)
+            peak, ours = found.loc[fill, "disjoint", "pd", method], np.mean(VALUES["CAE"][fill][:kept])
+            assert np.isclose(peak.cae_minus_this, ours - np.mean(values[:kept]))
+            assert np.isclose(peak.low, row.low) and np.isclose(peak.high, row.high)  # these curves rise alike
     assert np.isclose(found.value["", "disjoint", "covered", "random"], 0.08)
     assert np.isclose(found.value["", "paper", "covered", "random"], 0.04)
     assert np.isclose(found.value["", "", "tie_share", "CAE"], 0.25)
+
+
+def test_images_of_one_patient_are_drawn_together() -> None:
+    alone = tables.perturbation_table(tables.map_rows(rows()), {})
+    of_patients = rows().assign(group=["a", "a", "b", "c"])
+    tied = tables.perturbation_table(tables.map_rows(of_patients), {})
+    compared = alone.low.notna()
+    assert np.allclose(tied.value, alone.value, equal_nan=True)
+    # The peer's two images are of one patient: nothing to draw from.
+    assert tied.low[compared & (alone.method == "peer")].isna().all()
+    both = tied.low.notna()
+    assert both.any() and np.allclose(tied.cae_minus_this[both], alone.cae_minus_this[both])
+    assert not np.allclose(tied.low[both], alone.low[both])
 
 
 def test_rankings_of_fills_are_compared_by_kendalls_tau() -> None:
@@ -148,6 +164,10 @@ def test_counterfactuals_are_means_and_kid_is_to_real_images_of_the_class() -> N
 
     expected = mean(made, made, True) + mean(real, real, True) - 2 * mean(made, real, False)
     assert np.isclose(swap.kid, expected)
+    made, own = (np.stack(part) for part in ([row.counterfactuals[0]["features"] for row in frame[:12].itertuples()],
+                                             frame.features[:12]))  # fmt: skip
+    without_its_own = mean(made, made, True) + mean(own, own, True) - 2 * mean(made, own, True)
+    assert np.isclose(table.kid["reconstruction"], without_its_own)
     assert np.isnan(tables.counterfactual_table(generated(9)).kid).all()  # too few to say
     ways = tables.ways_by_direction(frame, "val", NAMES)
     assert list(ways) == ["plain to spot"]
@@ -167,10 +187,10 @@ def test_seconds_are_ordered_and_held_against_cae() -> None:
 
 
 def test_training_has_the_rate_that_was_logged_last() -> None:
-    stages = {"classify": {"seconds": 10.0}, "train": {"seconds": 60.0}}
+    stages = {"classify": {"seconds": 10.0}, "train": {"seconds": 60.0, "calls": 2}}
     table = tables.training_table(stages, {"pairs_per_second": [(200, 4.0), (400, 5.0)]}).set_index("stage")
     assert table.seconds["classify"] == 10 and table.seconds["train"] == 60 and pd.isna(table.seconds["embed"])
-    assert (table.pairs["train"], table.pairs_per_second["train"]) == (400, 5.0)
+    assert (table.pairs["train"], table.pairs_per_second["train"], table.calls["train"]) == (400, 5.0, 2)
     assert pd.isna(tables.training_table(stages, {}).pairs).all()
 
 
@@ -179,11 +199,11 @@ def test_the_page_has_a_row_a_method_and_marks_who_was_told() -> None:
     disjoint, paper, areas, cover = report.perturbation_tables(perturbation)
     caption, header, body = disjoint
     assert caption.startswith("test, disjoint") and caption.endswith("3 images")
-    assert header == ["method", "AOPC, uniform", "CAE minus this", "PD, uniform", "AOPC, blur", "CAE minus this",
-                      "PD, blur"]  # fmt: skip
+    assert header == ["method", "AOPC, uniform", "CAE minus this", "PD, uniform", "CAE minus this", "AOPC, blur",
+                      "CAE minus this", "PD, blur", "CAE minus this"]  # fmt: skip
     assert [line[0] for line in body] == ["CAE", "peer", "random"]
     peer = body[1]
-    assert peer[1] == pytest.approx(0.25) and str(peer[5]).endswith("*") and not str(peer[2]).endswith("*")
+    assert peer[1] == pytest.approx(0.25) and str(peer[6]).endswith("*") and not str(peer[2]).endswith("*")
     assert str(peer[2]).startswith("+0.350 (") and body[0][2] == ""
     assert all(len(line) == len(head) for _, head, lines in (disjoint, paper, areas, cover) for line in lines)
     (located,) = report.localisation_tables(tables.localisation_table(tables.map_rows(rows())))
