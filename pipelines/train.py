@@ -65,7 +65,7 @@ def train(run: Run, options: TrainOptions) -> dict[str, Any]:
     differentiable = run.result("classify").get("differentiable", True)
     class_head = choose_class_head(options.train.class_head, differentiable)
     connect()
-    last = fit(run, options, "train", save=run.path("cae"))
+    last = fit(run, options, "train", save=run.path("cae"), start="checkpoints/train/start.pt")
     tracking.log_folder(run, "cae")
     says = f"{last['pairs']:,} pairs, class head {class_head}, held-out swap success {last['swap_success']:.3f}"
     return {"says": says} | {f"train/{name}": last[name] for name in last.keys() - {"pairs", "progress"}}
@@ -75,8 +75,8 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
         retries: int = 3) -> dict[str, Any]:  # fmt: skip
     """Train a CAE on the train split, by Ray Train, with checkpoints in `checkpoints/NAME`; save it where asked.
 
-    `start` is a file of the run folder that keeps the warmed-up networks for trainings that differ in nothing that the
-    warm-up depends on: the first of them writes it.
+    `start` is a file of the run folder that keeps the warmed-up networks, for when the training is killed before its
+    first checkpoint, and for others that differ in nothing that the warm-up depends on: the first of them writes it.
     Returns, and reports to `callbacks` with every checkpoint, the measures on held-out images (`cae.judgement`),
     `pairs`, how many it was trained on, and `progress`, the share of those it is to be trained on.
     """

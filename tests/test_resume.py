@@ -1,4 +1,4 @@
-"""A run whose driver is killed (kill -9) in train and in explain goes on to the same result."""
+"""A run whose driver is killed (kill -9) twice in train, and in explain, goes on to the same result."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path
     memory["stages"] = {name: memory["stages"][name] for name in ("shard", "classify")}
     (folder / "run.json").write_text(json.dumps(memory))
 
+    warmed_up = folder / "checkpoints/train/start.pt"
+    kill_when(warmed_up.exists, "train.py", folder)
+    before = warmed_up.stat().st_mtime_ns
     kill_when(lambda: any(folder.glob("checkpoints/train/checkpoint_*/state.pt")), "train.py", folder)
     assert "result" not in state(folder)["stages"]["train"]
+    assert warmed_up.stat().st_mtime_ns == before and "warmed up" not in (folder / "train.py.log").read_text()
     for script in ("train.py", "embed.py"):
         done = command(script, "--run", str(folder))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
