@@ -147,6 +147,13 @@ def _cover(images: Tensor, covered: Tensor, fill: Fill, noise: Tensor) -> Tensor
     return torch.where(covered, noise if fill == "uniform" else blur(images, FILL_BLUR), images)
 
 
+@torch.no_grad()
+def whole_probability(classifier: Classifier, images: Tensor, target: Tensor, batch: int = 64) -> Tensor:
+    """F(X_0) of Eq. 11: the softmax probability (B,) of `target` (B,) for the images as they are."""
+    chunks = zip(images.split(batch), target.to(images.device).split(batch), strict=True)
+    return torch.cat([_probability(classifier, chunk, chosen) for chunk, chosen in chunks])
+
+
 def _probability(classifier: Classifier, images: Tensor, target: Tensor) -> Tensor:
     """F_c of Eq. 11: the softmax probability (B,) of each image's `target` class."""
     return classifier(images).float().softmax(1).gather(1, target[:, None])[:, 0]
@@ -166,7 +173,7 @@ def _covered_probability(
     for draw in range(draws):
         values = _random("fill", seed, draw).uniform(-1, 1, (3, height, width))
         noise = torch.from_numpy(values).to(images)
-        for jobs in torch.arange(number * steps, device=images.device).split(batch):
+        for jobs in torch.arange(number * steps, device=images.device).split(batch) if steps else ():
             image, step = jobs // steps, jobs % steps
             covered = (covered_at[image] <= step[:, None, None])[:, None]  # (batch, 1, H, W)
             total[jobs] += _probability(classifier, _cover(images[image], covered, fill, noise), target[image])
@@ -187,6 +194,7 @@ def perturbation_curve(
     draws: int = 5,
     seed: int = 0,
     batch: int = 64,
+    whole: Tensor | None = None,
 ) -> Tensor:
     """Drop F(X_0) - F(X_p) of Eq. 11, (B, steps) for p = 1 .. steps patches, F the probability of `target` (B,).
 
@@ -194,14 +202,15 @@ def perturbation_curve(
     where it is. Not disjoint, they are clipped at the border. Fill `uniform`: i.i.d. per pixel and channel over
     [-1, 1], one noise image per draw for all images and methods, averaged over `draws`; `blur`: the image itself under
     a Gaussian of an eighth of its size; `inpaint`: smoothly from the patches' border (`images.inpaint`); neither has
-    draws. At most `batch` perturbed images exist at once. Raises ValueError.
+    draws. At most `batch` perturbed images exist at once. `whole` is F(X_0) (B,), where it is known already. Raises
+    ValueError.
     """
     _check_curve(images, maps, target, fill, draws, batch)
     target = target.to(images.device)
     centres = rank_centres(maps.to(images.device), steps, patch, disjoint=disjoint, seed=seed)
     covered_at = covering_step(centres, images.shape[2], images.shape[3], patch)
-    chunks = zip(images.split(batch), target.split(batch), strict=True)
-    whole = torch.cat([_probability(classifier, chunk, chosen) for chunk, chosen in chunks])
+    if whole is None:
+        whole = whole_probability(classifier, images, target, batch)
     left = _covered_probability(classifier, images, covered_at, target, steps, fill, draws, seed, batch)
     return whole[:, None] - left
 
@@ -234,12 +243,14 @@ def insertion_deletion(
     draws: int = 5,
     seed: int = 0,
     batch: int = 64,
+    whole: Tensor | None = None,
 ) -> InsertionDeletion:
     """Insertion and deletion curves of `target` (B,) and the areas under them. Petsiuk et al., BMVC 2018.
 
     Pixels in the map's order, ties as in `rank_centres`, after k = 0 .. steps equal shares of the image; areas by the
     trapezoid rule. Filled as in `perturbation_curve`, in both directions alike; the authors insert into a blurred
-    image and delete to a constant. At most `batch` filled images exist at once. Raises ValueError.
+    image and delete to a constant. At most `batch` filled images exist at once. `whole` is the probability (B,) for the
+    images themselves, where it is known already. Raises ValueError.
     """
     _check_curve(images, maps, target, fill, draws, batch)
     number, _, height, width = images.shape
@@ -252,12 +263,16 @@ def insertion_deletion(
     step = torch.searchsorted(counts, place, right=True).expand(number, -1)  # 1 .. steps: the first that does them
     done_at = torch.empty_like(ranking).scatter_(1, ranking, step).view(number, height, width)
 
-    def curve(covered_at: Tensor) -> Tensor:
-        given = classifier, images, covered_at, target.to(images.device)
-        return _covered_probability(*given, steps + 1, fill, draws, seed, batch)
+    target = target.to(images.device)
 
-    deletion = curve(done_at)
-    insertion = curve(steps + 1 - done_at).flip(1)  # backwards, the last pixels go first
+    def curve(covered_at: Tensor, steps: int) -> Tensor:
+        return _covered_probability(classifier, images, covered_at, target, steps, fill, draws, seed, batch)
+
+    # Both curves go between the whole image and the filled one.
+    start = (whole_probability(classifier, images, target, batch) if whole is None else whole)[:, None]
+    end = curve(torch.zeros_like(done_at), 1)
+    deletion = torch.cat([start, curve(done_at - 1, steps - 1), end], 1)
+    insertion = torch.cat([end, curve(steps - done_at, steps - 1).flip(1), start], 1)  # backwards, the last go first
     share = counts / pixels
     return InsertionDeletion(
         share, insertion, deletion, torch.trapezoid(insertion, share), torch.trapezoid(deletion, share)

@@ -298,7 +298,7 @@ class MeasureWorker:
 
     def _destroy(self, seen: Seen, heat: Tensor) -> list[dict[str, Any]]:
         """For each image its map's ties, the area that either form covers, and curves under every fill."""
-        count, whole = (metrics.disjoint_steps(self.size, share) for share in (HEADLINE, CURVE))
+        count, most = (metrics.disjoint_steps(self.size, share) for share in (HEADLINE, CURVE))
         found: list[dict[str, Any]] = [{"tie_share": share, "curves": []} for share in metrics.tie_share(heat).tolist()]
         for form, disjoint in (("disjoint", True), ("paper", False)):
             centres = metrics.rank_centres(heat, count, disjoint=disjoint, seed=self.seed)
@@ -307,17 +307,17 @@ class MeasureWorker:
                 entry[f"covered_{form}"] = share
         given = self.blackbox, seen.x, heat, seen.source
         batch = images_at_once(seen.x, self.blackbox)
+        whole = metrics.whole_probability(self.blackbox, seen.x, seen.source, batch)
+        common: dict[str, Any] = {"seed": self.seed, "batch": batch, "whole": whole}
         for fill in self.fills:
-            curve = partial(metrics.perturbation_curve, *given, fill=fill, seed=self.seed, batch=batch)
-            long = curve(steps=whole, draws=1)
+            curve = partial(metrics.perturbation_curve, *given, fill=fill, **common)
+            long = curve(steps=most, draws=1)
             # The long curve begins with the short one; only the noise asks for more draws of that.
             more = fill == "uniform" and self.draws > 1
             short = curve(steps=count, draws=self.draws) if more else long[:, :count]
             columns = {"disjoint": short, "paper": curve(steps=count, draws=self.draws, disjoint=False), "long": long}
             if self.full:
-                areas = metrics.insertion_deletion(
-                    *given, steps=AREA_STEPS, fill=fill, draws=1, seed=self.seed, batch=batch
-                )
+                areas = metrics.insertion_deletion(*given, steps=AREA_STEPS, fill=fill, draws=1, **common)
                 columns |= {"insertion": areas.insertion_area, "deletion": areas.deletion_area}
             lists = {name: values.tolist() for name, values in columns.items()}
             for k, entry in enumerate(found):

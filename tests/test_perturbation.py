@@ -363,7 +363,14 @@ def test_insertion_and_deletion_prefer_the_truth(fill: metrics.Fill) -> None:
         metrics.insertion_deletion(classifier, images, maps, target, steps=8, fill=fill, draws=2, batch=10)
         for maps in (truth, controls.random_map(images))
     )
-    assert max(sizes) == 10 and sum(sizes) == 2 * 2 * 8 * 9 * (2 if fill == "uniform" else 1)
+    between = 8 * (2 * 7 + 1) * (2 if fill == "uniform" else 1)  # the filled image is an end of both curves
+    assert max(sizes) == 10 and sum(sizes) == 2 * (8 + between)
+    whole = metrics.whole_probability(block_classifier, images, target)
+    known = metrics.insertion_deletion(
+        block_classifier, images, truth, target, steps=8, fill=fill, draws=2, whole=whole
+    )
+    torch.testing.assert_close(known.insertion, good.insertion)
+    torch.testing.assert_close(known.deletion, good.deletion)
     assert (good.insertion_area > bad.insertion_area).all() and (good.deletion_area < bad.deletion_area).all()
     assert torch.equal(good.insertion[:, -1], good.deletion[:, 0])
     torch.testing.assert_close(good.insertion[:, 0], good.deletion[:, -1])
