@@ -149,7 +149,7 @@ class MeasureWorker:
         self.ways = ways
         self.own, self.full = modes["CAE"], full
         self.methods = methods(self.blackbox, self.cae, modes, full, seed)
-        self.smooth, self.fine = smooth, {name for name, peer in peers().items() if peer.fine}
+        self.smooth, self.fine = smooth, {name for name, peer in peers(self.cae).items() if peer.fine}
         self.fills: tuple[Fill, ...] = get_args(Fill) if full else ("uniform",)
 
     def __call__(self, unit: Unit) -> pa.Table:
