@@ -147,8 +147,7 @@ def _cover(images: Tensor, covered: Tensor, fill: Fill, noise: Tensor) -> Tensor
     return torch.where(covered, noise if fill == "uniform" else blur(images, FILL_BLUR), images)
 
 
-@torch.no_grad()
-def whole_probability(classifier: Classifier, images: Tensor, target: Tensor, batch: int = 64) -> Tensor:
+def _whole_probability(classifier: Classifier, images: Tensor, target: Tensor, batch: int = 64) -> Tensor:
     """F(X_0) of Eq. 11: the softmax probability (B,) of `target` (B,) for the images as they are."""
     chunks = zip(images.split(batch), target.to(images.device).split(batch), strict=True)
     return torch.cat([_probability(classifier, chunk, chosen) for chunk, chosen in chunks])
@@ -210,7 +209,7 @@ def perturbation_curve(
     centres = rank_centres(maps.to(images.device), steps, patch, disjoint=disjoint, seed=seed)
     covered_at = covering_step(centres, images.shape[2], images.shape[3], patch)
     if whole is None:
-        whole = whole_probability(classifier, images, target, batch)
+        whole = _whole_probability(classifier, images, target, batch)
     left = _covered_probability(classifier, images, covered_at, target, steps, fill, draws, seed, batch)
     return whole[:, None] - left
 
@@ -269,7 +268,7 @@ def insertion_deletion(
         return _covered_probability(classifier, images, covered_at, target, steps, fill, draws, seed, batch)
 
     # Both curves go between the whole image and the filled one.
-    start = (whole_probability(classifier, images, target, batch) if whole is None else whole)[:, None]
+    start = (_whole_probability(classifier, images, target, batch) if whole is None else whole)[:, None]
     end = curve(torch.zeros_like(done_at), 1)
     deletion = torch.cat([start, curve(done_at - 1, steps - 1), end], 1)
     insertion = torch.cat([end, curve(steps - done_at, steps - 1).flip(1), start], 1)  # backwards, the last go first

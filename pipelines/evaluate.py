@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cae import classifiers
 from cae.blackboxes import resolve
@@ -24,7 +26,7 @@ from pipelines.bulk import Unit, bulk, read_table, read_unit, shard_units
 from pipelines.cluster import connect, device_of
 from pipelines.command_line import command
 from pipelines.explain import ExplainOptions, path_options
-from pipelines.measure import SMOOTHED, MeasureWorker
+from pipelines.measure import AT_ONCE, SMOOTHED, MeasureWorker
 from pipelines.report import write_report
 from pipelines.run import Run
 from pipelines.shard import read_index
@@ -33,10 +35,9 @@ from pipelines.ways import read_ways
 
 SWAPS = 2000  # images a split whose class codes are swapped, at most
 NEW_CODES = 2000  # class codes made by SMOTE, of each class
+UNSMOOTHED = "CAE, not smoothed"
 SHOWN = 8  # images whose maps by every method are drawn side by side
-MEASURED = (
-    16  # images measured in a unit: short ones tell sooner how long it takes, and keep every core busy to the end
-)
+MEASURED = AT_ONCE  # images measured in a unit: short ones tell sooner how long it takes, and keep all cores busy
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
          oracle=oracle, full=full, draws=options.draws, seed=options.seed, smooth=options.smooth)  # fmt: skip
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()
     index = read_index(run)
+    index = index.filter(pc.is_in(index["id"], pa.array(rows.id)))
     known = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
-    rows["group"] = rows.id.map(known).fillna(rows.id)
+    # Frames of one file, and its copies, belong together where nothing else is known: they share the hash in their ids.
+    rows["group"] = rows.id.map(known).fillna(rows.id.str.rsplit("#", n=1).str[-1])
     maps = tables.map_rows(rows)
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
     found = {
@@ -91,7 +94,8 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
         found |= {"fill_agreement": tables.agreement_table(found["perturbation"]),
                   "new_codes": tables.new_code_table(rows, names)}  # fmt: skip
         if plan.timed:
-            bulk(run, options, "evaluate", [plan.timed], TimeWorker, "evaluation/times", **common)
+            timed = {name: how for name, how in common["modes"].items() if name != UNSMOOTHED}  # costs what CAE does
+            bulk(run, options, "evaluate", [plan.timed], TimeWorker, "evaluation/times", **common | {"modes": timed})
             found["time_per_map"] = tables.time_table(_times(run))
     for name, table in found.items():
         run.write(f"evaluation/{name}.csv", table.to_csv(index=False).encode())
@@ -117,7 +121,7 @@ def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     modes: dict[str, ExplainOptions] = {"CAE": options}
     if options.tables == "full":
         if options.smooth:
-            modes["CAE, not smoothed"] = replace(options, smooth=0)
+            modes[UNSMOOTHED] = replace(options, smooth=0)
         for mode in get_args(Mode):
             if mode != options.mode:  # the paper's, and what is compared with it, to the letter
                 smooth = options.smooth if mode in ("integrated", "patch") else 0
@@ -174,10 +178,10 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
         if right.label.notna().any():
             right = right[right.label == right.predicted]
         wrong = len(of_split) - without - len(right)
-        if without or wrong or len(right) < options.evaluated:
-            skipped[f"maps of some of the {len(of_split)} images of {split}"] = (
-                f"{without} have no explanation and {wrong} are misclassified, so {len(right)} could be measured, of "
-                f"which --evaluated {options.evaluated} asks for so many"
+        if without or len(right) < options.evaluated:
+            skipped[f"maps of {split}"] = (
+                f"of {len(of_split)} images {without} have no explanation and {wrong} are misclassified or unlabelled; "
+                f"of the other {len(right)}, {options.evaluated} at most (--evaluated) are measured"
             )
         order = rng.permutation(len(right))
         measured = right.iloc[order[: options.evaluated]]

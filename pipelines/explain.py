@@ -178,8 +178,8 @@ def _refuse_other(run: Run, model: Run, archive: str) -> None:
         found = hashlib.sha256(archive.encode() + file.read()).hexdigest()
     if run.state.get("listing") != found and list_parts(run, "explanations"):
         raise UserError(
-            f"{run.folder} holds explanations of another archive or model, or it has changed since: choose another "
-            "--out, or drop them with --again"
+            f"{run.folder} holds explanations of another archive or model, or it has changed since, or they were begun "
+            "by an earlier version: choose another --out, or drop them with --again"
         )
     run.state["listing"] = found
     run.save()

@@ -77,7 +77,9 @@ def main(options: FullOptions) -> None:
         begun = time.time()
         print(f"{options.dataset}, preset {options.preset}, run folder {run.folder}", flush=True)
         for name in stages:
-            if "explain" in stages:
+            if "explain" in stages and not (
+                options.again and name in ("shard", "classify")
+            ):  # which may change classes
                 _check_targets(options)
             if name == "tune":
                 tune.main(replace(options, trials=options.tune))

@@ -118,8 +118,10 @@ class Seen:
 
     x: Tensor
     """(B, 3, S, S)."""
+    p: Tensor
+    """(B,) b's probability of the class that it gives each."""
     source: Tensor
-    """(B,) their classes for b."""
+    """(B,) that class."""
     code: Tensor
     """(B, D) class codes."""
     individual: Tensor
@@ -188,7 +190,7 @@ class MeasureWorker:
     def _see(self, images: list[bytes]) -> Seen:
         x = to_tensor(decode_all(images, self.size, self.fit)[0], self.device)
         code, individual = self.cae.encode(x)
-        return Seen(x, self.blackbox.probabilities(x).argmax(1), code, individual, self.cae.decode(code, individual))
+        return Seen(x, *self.blackbox.probabilities(x).max(1), code, individual, self.cae.decode(code, individual))
 
     def _rows(self, unit: Unit, ids: list[str], seen: Seen) -> list[dict[str, Any]]:
         found = self.blackbox.probabilities(seen.reconstruction).argmax(1)
@@ -307,8 +309,7 @@ class MeasureWorker:
                 entry[f"covered_{form}"] = share
         given = self.blackbox, seen.x, heat, seen.source
         batch = images_at_once(seen.x, self.blackbox)
-        whole = metrics.whole_probability(self.blackbox, seen.x, seen.source, batch)
-        common: dict[str, Any] = {"seed": self.seed, "batch": batch, "whole": whole}
+        common: dict[str, Any] = {"seed": self.seed, "batch": batch, "whole": seen.p}
         for fill in self.fills:
             curve = partial(metrics.perturbation_curve, *given, fill=fill, **common)
             long = curve(steps=most, draws=1)

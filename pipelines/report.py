@@ -34,6 +34,13 @@ MAP_SHOWS = {
 }
 
 
+FULL = (
+    " Fine-grained maps of peers are measured as they are and smoothed as CAE's are; modes path, contrast and input, "
+    "where CAE's own is another, not smoothed, as in the paper. Smooth FullGrad, LIME and RISE take 10, 500 and 1000 "
+    "samples, fewer than their authors."
+)
+
+
 def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: pd.DataFrame,
                  found: dict[str, pd.DataFrame], headline: str, names: tuple[str, ...]) -> None:  # fmt: skip
     """Draw `figures/*.png`, log them, and write `report.html`, from the rows and the tables of stage evaluate."""
@@ -111,11 +118,9 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             "measured; more is better. Disjoint patches, all of them in the image, cover the same area for every "
             "method and are the headline; the paper's form lets them overlap, which rewards noisy maps. A method that "
             "does not beat the grey controls explains nothing. Differences are paired over images, with 95% bootstrap "
-            "intervals; images of one patient or group are drawn together. A star: the method fills its own queries "
-            "as the measure does, an unfair advantage. Fine-grained maps are measured as they are and smoothed as "
-            "CAE's are; modes `path`, `contrast` and `input` are not smoothed, as in the paper. Smooth FullGrad, LIME "
-            "and RISE take 10, 500 and 1000 samples, fewer than their authors. CAE's values tie more than they would: "
-            "its maps are read back in half precision.",
+            "intervals; images of one patient, where that is known, are drawn together. A star: the method fills its "
+            "own queries as the measure does, an unfair advantage. CAE's values tie more than they would: its maps are "
+            "read back in half precision." + (FULL if options.tables == "full" else ""),
             shown("perturbation", "perturbation_blur", "perturbation_inpaint", "differences"),
             perturbation_tables(found["perturbation"])
             + table("Whether the ranking of methods holds across fills", "fill_agreement")

@@ -184,8 +184,8 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     begun_before = run.state["stages"].get(name, {})
     if begun_before and begun_before["options"] != decisive:
         _drop(run, name)
-        begun_before.pop("calls", None)
-    calls = begun_before.get("calls", 0) + 1
+        begun_before["calls"] = 0
+    calls = begun_before.get("calls", int(bool(begun_before))) + 1  # an earlier version did not count
     run.state["stages"][name] = begun_before | {"options": decisive, "mistake": False, "calls": calls}
     run.save()
     begun = time.time()

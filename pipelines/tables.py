@@ -51,14 +51,16 @@ def curve_rows(maps: pd.DataFrame) -> pd.DataFrame:
 def compare(frame: pd.DataFrame, value: str, against: bool = True) -> list[dict[str, Any]]:
     """A row of COMPARED for each method, in their order in a frame with the columns `id`, `group`, `method` and
     `value`: means over images, or of curves the largest mean over images (Eq. 12)."""
-    table, found = frame.pivot(index="id", columns="method", values=value).sort_index(), []
-    group = frame.drop_duplicates("id").set_index("id").group
-    for method in frame.method.unique():
+    methods, group = frame.method.unique(), frame.drop_duplicates("id").set_index("id").group
+    whole = [np.isfinite(np.asarray(held, float)).all() for held in frame[value]]  # neither a NaN nor a curve with one
+    table = frame[whole].pivot(index="id", columns="method", values=value).reindex(columns=methods).sort_index()
+    found = []
+    for method in methods:
         of_method = table[method].dropna()
         values = np.array(of_method.to_list(), float)
         curves = values.ndim == 2
-        whole = metrics.peak_degradation(torch.from_numpy(values)) if curves else of_method.astype(float).mean()
-        row = {"method": method, "images": len(values), "value": whole}
+        mean = metrics.peak_degradation(torch.from_numpy(values)) if curves else of_method.astype(float).mean()
+        row = {"method": method, "images": len(values), "value": mean}
         both = table[["CAE", method]].dropna() if against and method != "CAE" and "CAE" in table else of_method[:0]
         if group[both.index].nunique() > 1:
             ours, theirs = (np.array(both[name].to_list(), float) for name in both)
@@ -202,9 +204,9 @@ def counterfactual_table(rows: pd.DataFrame) -> pd.DataFrame:
     end of the run's path to the code that stands for the target class), `swap` (the code of a random image of it).
 
     Valid for b, and for the oracle where there is one; L1, L2 and sparsity of the difference to the image itself;
-    identity, and that of different images; KID, in b's features, to real images that b gives the class, other than the
-    one each was made from, mean over classes; share of paths there (of several counter codes, to the first) on which
-    the probability of the class falls by no more than DIP.
+    identity, and that of different images; KID, in b's features, to real images that b gives the class, without the one
+    each was made from (but with the donor of a swap), mean over classes; share of paths there (of several counter
+    codes, to the first) on which the probability of the class falls by no more than DIP.
     """
     found = counterfactual_rows(rows)
     columns = ["split", "kind", "images", "valid", "oracle_valid", "l1", "l2", "sparsity", "identity",

@@ -85,6 +85,16 @@ def test_images_of_one_patient_are_drawn_together() -> None:
     assert not np.allclose(tied.low[both], alone.low[both])
 
 
+def test_an_image_with_a_nan_in_its_curve_is_left_out_of_that_comparison_alone() -> None:
+    spoiled = rows()
+    spoiled["maps"][0][2]["curves"][0]["disjoint"][1] = np.nan
+    table = tables.perturbation_table(tables.map_rows(spoiled), {}).set_index(["fill", "form", "measure", "method"])
+    for measure in ("aopc", "pd"):
+        noise, blur = (table.loc[fill, "disjoint", measure, "random"] for fill in ("uniform", "blur"))
+        assert (noise.images, blur.images) == (2, 3) and np.isfinite([noise.value, noise.low]).all()
+    assert np.isclose(table.value["uniform", "disjoint", "aopc", "random"], 0.1)
+
+
 def test_rankings_of_fills_are_compared_by_kendalls_tau() -> None:
     perturbation = tables.perturbation_table(tables.map_rows(rows()), {})
     table = tables.agreement_table(perturbation).set_index("form")
