@@ -134,8 +134,8 @@ def decode_milliseconds(run: Run, size: int) -> float:
 
 
 def index_bytes(run: Run) -> float:
-    """Bytes of memory an image that the index of all images takes, as `shard` reads it at its end; its ids as Python text
-    come to that."""
+    """Bytes of memory an image that the index of all images takes, as `shard` reads it at its end; its ids as text come
+    to that."""
     tracemalloc.start()
     before = pa.total_allocated_bytes()  # Arrow's memory is none of Python's
     index = read_index(run)
