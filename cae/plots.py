@@ -81,7 +81,7 @@ def perturbation_curves(
         raise ValueError(f"perturbation_curves: every curve must have the shape of `covered`, {np.shape(covered)}")
     fig = Figure(figsize=(8.6, 4.6), dpi=160, layout="constrained")
     ax = fig.subplots()
-    # The headline takes the strongest colour; a second round of the colours comes with dots.
+    # The headline takes the strongest colour; a second and a third round of the colours come with markers.
     colours = [COLOURS[k] for k in (1, 0, 2, 3, 4, 5, 6)]
     dashes = ("--", ":", "-.", (0, (6, 2)), (0, (1, 3)))
     order = sorted(curves, key=lambda name: not name.startswith("CAE"))
@@ -92,7 +92,7 @@ def perturbation_curves(
         colour = ("#6b7280", "#8b929c", "#50565f")[k % 3] if control else colours[k if k < 7 else 1 + (k - 7) % 6]
         style = dashes[k % 5] if control else "-"
         width = 3.2 if headline else 1.4 if control else 1.7
-        marker = "o" if not control and k >= 7 else ""
+        marker = "" if control or k < 7 else "os^"[(k - 7) // 6 % 3]
         zorder = 4 if headline else 2 if control else 3
         (drawn[name],) = ax.plot(
             covered, curves[name], color=colour, linestyle=style, linewidth=width, zorder=zorder, marker=marker,

@@ -73,6 +73,7 @@ def compare(frame: pd.DataFrame, value: str, against: bool = True) -> list[dict[
 def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """Table II: Eqs. 11 (`aopc`) and 12 (`pd`) of every method by split, form and fill; areas under the insertion and
     deletion curves, of which the latter is better small; how much of the image is covered, and how many values tie.
+    Fill `all` is the mean of an image's AOPC over the fills.
 
     `told` names for a method the fills that it was told of: its numbers there are marked.
     """
@@ -89,6 +90,13 @@ def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) ->
         for measure in ("insertion", "deletion"):
             if group[measure].notna().any():
                 out += [common | {"form": "pixels", "measure": measure} | row for row in compare(group, measure)]
+    for split, group in curves.groupby("split", sort=False):  # one number for all fills, since they disagree
+        if group.fill.nunique() > 1:
+            forms = ["aopc_disjoint", "aopc_paper"]
+            means = group.groupby(["id", "group", "method"], sort=False)[forms].agg(lambda of: of.mean(skipna=False))
+            for form in forms:
+                common = {"split": split, "fill": "all", "form": form.removeprefix("aopc_"), "measure": "aopc"}
+                out += [common | row for row in compare(means.reset_index(), form)]
     for split, group in maps.dropna(subset="curves").groupby("split", sort=False):
         columns_of = {"covered_disjoint": ("covered", "disjoint"), "covered_paper": ("covered", "paper"),
                       "tie_share": ("tie_share", "")}  # fmt: skip
@@ -106,7 +114,9 @@ def agreement_table(perturbation: pd.DataFrame) -> pd.DataFrame:
     from scipy.stats import kendalltau  # takes a while to import
 
     out = []
-    for (split, form), group in perturbation.query("measure == 'aopc'").groupby(["split", "form"], sort=False):
+    for (split, form), group in perturbation.query("measure == 'aopc' and fill != 'all'").groupby(
+        ["split", "form"], sort=False
+    ):
         table = group.pivot(index="method", columns="fill", values="value").dropna()
         for a, b in combinations(group.fill.unique(), 2):
             tau = float(kendalltau(table[a], table[b]).statistic)

@@ -268,7 +268,8 @@ def test_the_full_set_measures_every_method_under_every_fill(finished: Path, tmp
     for split in ("val", "test"):
         aopc = tables["perturbation"]
         aopc = aopc[(aopc.split == split) & (aopc.measure == "aopc")]
-        assert set(zip(aopc.fill, aopc.form, strict=True)) == set(product(get_args(Fill), ("disjoint", "paper")))
+        fills = (*get_args(Fill), "all")
+        assert set(zip(aopc.fill, aopc.form, strict=True)) == set(product(fills, ("disjoint", "paper")))
         for _, part in aopc.groupby(["fill", "form"]):
             assert set(part.method) == compared | set(CONTROLS) and set(part.images) == {2}
     told = tables["perturbation"].query("told == 'True' or told == True")

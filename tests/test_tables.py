@@ -67,6 +67,12 @@ def test_perturbation_is_means_peaks_and_paired_differences() -> None:
             peak, ours = found.loc[fill, "disjoint", "pd", method], np.mean(VALUES["CAE"][fill][:kept])
             assert np.isclose(peak.cae_minus_this, ours - np.mean(values[:kept]))
             assert np.isclose(peak.low, row.low) and np.isclose(peak.high, row.high)  # these curves rise alike
+    over_fills = {m: np.mean([by_fill["uniform"], by_fill["blur"]], 0) for m, by_fill in VALUES.items()}
+    for method, kept in (("peer", 2), ("random", 3)):
+        row, expected = found.loc["all", "disjoint", "aopc", method], over_fills[method][:kept]
+        assert np.isclose(row.value, expected.mean()) and not row.told
+        interval = metrics.paired_bootstrap(over_fills["CAE"][:kept], expected)
+        np.testing.assert_allclose([row.cae_minus_this, row.low, row.high], interval)
     assert np.isclose(found.value["", "disjoint", "covered", "random"], 0.08)
     assert np.isclose(found.value["", "paper", "covered", "random"], 0.04)
     assert np.isclose(found.value["", "", "tie_share", "CAE"], 0.25)
@@ -210,7 +216,7 @@ def test_the_page_has_a_row_a_method_and_marks_who_was_told() -> None:
     caption, header, body = disjoint
     assert caption.startswith("test, disjoint") and caption.endswith("3 images")
     assert header == ["method", "AOPC, uniform", "CAE minus this", "PD, uniform", "CAE minus this", "AOPC, blur",
-                      "CAE minus this", "PD, blur", "CAE minus this"]  # fmt: skip
+                      "CAE minus this", "PD, blur", "CAE minus this", "AOPC, all", "CAE minus this"]  # fmt: skip
     assert [line[0] for line in body] == ["CAE", "peer", "random"]
     peer = body[1]
     assert peer[1] == pytest.approx(0.25) and str(peer[6]).endswith("*") and not str(peer[2]).endswith("*")
