@@ -82,8 +82,8 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         told = {str(fill): set(part.method[part.told]) for fill, part in compared.groupby("fill")}
         pictures["differences"] = (
             f"By how much CAE's AOPC over disjoint patches is ahead of each method's on {headline}: mean and 95% "
-            "interval, paired over images, by fill; all: the mean of the fills. Hollow, with a star: a method that fills its own queries in the "
-            "same way.",
+            "interval, paired over images, by fill; all: the mean of the fills. Hollow, with a star: a method that "
+            "fills its own queries in the same way.",
             plots.differences(panels, told, "CAE's AOPC minus the method's"),
         )
     history = tracking.read_history(run, "train")
