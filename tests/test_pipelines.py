@@ -244,7 +244,7 @@ def test_a_method_that_cannot_work_with_the_classifier_is_left_out_with_its_reas
 
     worker.methods["broken"] = broken
     rows = worker(unit).to_pandas()
-    maps = map_rows(rows)
+    maps = map_rows(rows.assign(group=rows.id))
     reasons = {(row.method, row.id): row.error for row in maps.itertuples() if isinstance(row.error, str)}
     assert set(reasons) == {("Grad-CAM", name) for name in rows.id} | {("broken", rows.id[1])}
     assert "nowhere" in reasons["Grad-CAM", rows.id[0]] and "not finite" in reasons["broken", rows.id[1]]
