@@ -104,8 +104,9 @@ def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) ->
             rows = compare(group, column, against=False)
             out += [{"split": split, "fill": "", "form": form, "measure": measure} | row for row in rows]
     table = pd.DataFrame(out, columns=columns)
+    fills_told = [told.get(method, ()) for method in table.method]  # the mean of all holds those too
     return table.assign(
-        told=[fill in told.get(method, ()) for fill, method in zip(table.fill, table.method, strict=True)]
+        told=[fill in own or (fill == "all" and bool(own)) for fill, own in zip(table.fill, fills_told, strict=True)]
     )
 
 

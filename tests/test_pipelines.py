@@ -274,7 +274,8 @@ def test_the_full_set_measures_every_method_under_every_fill(finished: Path, tmp
             assert set(part.method) == compared | set(CONTROLS) and set(part.images) == {2}
     told = tables["perturbation"].query("told == 'True' or told == True")
     assert {(row.method, row.fill) for row in told.itertuples()} == {
-        (name + kind, fill) for name, peer in peers().items() for fill in peer.told for kind in ("", ", smoothed")
+        (name + kind, fill) for name, peer in peers().items() for fill in ((*peer.told, "all") if peer.told else ())
+        for kind in ("", ", smoothed")
     }  # fmt: skip
     times = tables["time_per_map"]
     assert set(times.name[times.kind == "method"]) == timed and (times.seconds > 0).all()
