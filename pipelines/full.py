@@ -77,9 +77,8 @@ def main(options: FullOptions) -> None:
         begun = time.time()
         print(f"{options.dataset}, preset {options.preset}, run folder {run.folder}", flush=True)
         for name in stages:
-            if "explain" in stages and not (
-                options.again and name in ("shard", "classify")
-            ):  # which may change classes
+            renewed = options.again and name in ("shard", "classify")  # which may change the classes
+            if "explain" in stages and not renewed:
                 _check_targets(options)
             if name == "tune":
                 tune.main(replace(options, trials=options.tune))
