@@ -35,7 +35,7 @@ from pipelines.bulk import (
     shard_units,
     split_of,
 )
-from pipelines.cluster import connect, device_of, enter_loop, fit_torch, last_checkpoint, place, report
+from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, where
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
 from pipelines.run import Run
@@ -63,7 +63,7 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
         spec, differentiable = run.path("classifier"), True
         _train(run, options, names)
     bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
-         spec=spec, names=names, size=options.model.image_size, fit=options.fit, device=device_of(options))  # fmt: skip
+         spec=spec, names=names, size=options.model.image_size, fit=options.fit, **where(options))  # fmt: skip
     accuracy = _accuracy(run, names)
     run.write("evaluation/accuracy.csv", accuracy.to_csv(index=False).encode())
     tracking.log_folder(run, "evaluation/accuracy.csv")
@@ -101,9 +101,10 @@ def _accuracy(run: Run, names: tuple[str, ...]) -> pd.DataFrame:
 class PredictWorker:
     """Asks the classifier about the images of a unit."""
 
-    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str) -> None:
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str,
+                 bf16: bool = False) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device = run, size, fit, device
-        self.blackbox = place(classifiers.load(spec, names), device)
+        self.blackbox = place(classifiers.load(spec, names), device, bf16)
 
     def __call__(self, unit: Unit) -> pa.Table:
         table = read_unit(self.run, unit)
@@ -165,7 +166,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             for step in range(steps_per_epoch):
                 chosen = order[step * options.batch : (step + 1) * options.batch][rank::world]
                 x = classifiers.augment(to_tensor(images[chosen.numpy()], device), rng)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
                     loss = F.cross_entropy(model(x), labels[chosen].to(device), weight)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

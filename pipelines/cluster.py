@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import placement_group, remove_placement_group
+from torch import Tensor
 
 from cae.config import ModelConfig
 from cae.networks import memory_format
@@ -84,9 +85,9 @@ def _ask_for_gpus(count: int) -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def device_of(options: RunOptions) -> str:
-    """Device of the bulk stages' models."""
-    return "cuda" if gpus_of(options) else "cpu"
+def where(options: RunOptions) -> dict[str, Any]:
+    """Device of the bulk stages' models, and whether they compute in bfloat16: for their workers, and for `place`."""
+    return {"device": "cuda" if gpus_of(options) else "cpu", "bf16": options.precision == "bfloat16"}
 
 
 def cores(options: RunOptions) -> int:
@@ -112,11 +113,25 @@ def train_workers(options: RunOptions, batch: int) -> int:
     return options.workers
 
 
-def place(module: ModuleT, device: torch.device | str) -> ModuleT:
-    """The module on a device, its convolutions in the memory order that is the faster one there."""
+def place(module: ModuleT, device: torch.device | str, bf16: bool = False) -> ModuleT:
+    """The module on a device, its convolutions in the memory order that is the faster one there.
+
+    With `bf16` its parts compute in bfloat16 under autocast; what they take and give is float32.
+    """
     config = getattr(module, "config", None)
     order = memory_format(config, torch.device(device)) if isinstance(config, ModelConfig) else torch.channels_last
-    return module.to(device).to(memory_format=order)  # type: ignore[call-overload]
+    module.to(device).to(memory_format=order)  # type: ignore[call-overload]
+    for part in module.children() if bf16 else ():
+        part.forward = _in_bfloat16(part.forward, torch.device(device).type)
+    return module
+
+
+def _in_bfloat16(forward: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:
+    def call(*inputs: Tensor) -> Tensor:
+        with torch.autocast(kind, torch.bfloat16):
+            return forward(*inputs).float()
+
+    return call
 
 
 def threads_for(options: RunOptions, processes: int) -> int:
@@ -136,7 +151,12 @@ def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, An
     gpus, workers = gpus_of(options), train_workers(options, batch)
     trainer = TorchTrainer(
         loop,
-        train_loop_config=config | {"threads": threads_for(options, workers), "tracking": tracking.of_stage()},
+        train_loop_config=config
+        | {
+            "threads": threads_for(options, workers),
+            "tracking": tracking.of_stage(),
+            "bf16": options.precision == "bfloat16" or (options.precision == "auto" and gpus > 0),
+        },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(

@@ -29,7 +29,7 @@ from pipelines.bulk import (
     split_of,
     write_table,
 )
-from pipelines.cluster import connect, device_of, place
+from pipelines.cluster import connect, place, where
 from pipelines.command_line import command
 from pipelines.run import Run
 from pipelines.train import TrainOptions
@@ -49,7 +49,7 @@ def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
     chosen = run.result("classify")
     size, names = options.model.image_size, tuple(chosen["classes"])
     bulk(run, options, "embed", shard_units(run), EmbedWorker, "codes",
-         spec=chosen["spec"], names=names, size=size, fit=options.fit, device=device_of(options))  # fmt: skip
+         spec=chosen["spec"], names=names, size=size, fit=options.fit, **where(options))  # fmt: skip
     table = read_table(run, "codes")
     codes = matrix(table["class_code"])
     ids, splits = np.array(table["id"].to_pylist()), np.array(table["split"].to_pylist())
@@ -102,10 +102,11 @@ def _counter_codes(
 class EmbedWorker:
     """Encodes the images of a unit."""
 
-    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str) -> None:
+    def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str,
+                 bf16: bool = False) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device = run, size, fit, device
-        self.blackbox = place(classifiers.load(spec, names), device)
-        self.cae = place(training.load(run.path("cae")), device)
+        self.blackbox = place(classifiers.load(spec, names), device, bf16)
+        self.cae = place(training.load(run.path("cae")), device, bf16)
 
     @torch.no_grad()
     def __call__(self, unit: Unit) -> pa.Table:

@@ -23,7 +23,7 @@ from cae.peers.table import peers
 from pipelines import run as runs
 from pipelines import tables, tracking
 from pipelines.bulk import Unit, bulk, read_table, read_unit, shard_units
-from pipelines.cluster import connect, device_of
+from pipelines.cluster import connect, where
 from pipelines.command_line import command
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.measure import AT_ONCE, SMOOTHED, MeasureWorker
@@ -66,7 +66,7 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     full = options.tables == "full"
     plan = make_plan(run, options)
     common = {"spec": chosen["spec"], "names": names, "size": options.model.image_size, "fit": options.fit,
-              "device": device_of(options), "ways": read_ways(run, options), "modes": own_modes(options)}  # fmt: skip
+              "ways": read_ways(run, options), "modes": own_modes(options), **where(options)}  # fmt: skip
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
          oracle=oracle, full=full, draws=options.draws, seed=options.seed, smooth=options.smooth)  # fmt: skip
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()

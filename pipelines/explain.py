@@ -24,7 +24,7 @@ from cae.explain import Mode, choose_mode
 from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, read_part, shard_units
-from pipelines.cluster import connect, device_of
+from pipelines.cluster import connect, where
 from pipelines.command_line import command
 from pipelines.embed import EmbedOptions
 from pipelines.maps import ArchiveWorker, ExplainWorker
@@ -191,7 +191,7 @@ def explainer(model: Run, options: ExplainOptions) -> dict[str, Any]:
     classifiers.load(chosen["spec"], tuple(chosen["classes"]))  # fails here, early, when it is not there any more
     return {
         "spec": chosen["spec"], "names": tuple(chosen["classes"]), "cae": model.path("cae"),
-        "size": options.model.image_size, "fit": options.fit, "device": device_of(options),
+        "size": options.model.image_size, "fit": options.fit, **where(options),
         "ways": read_ways(model, options), "frames": options.frames, "how": path_options(options),
     }  # fmt: skip
 

@@ -58,11 +58,11 @@ class ExplainWorker:
     """Explains the images of a unit."""
 
     def __init__(self, run: Run, spec: str, names: tuple[str, ...], cae: str, size: int, fit: Fit, device: str,
-                 ways: Ways, frames: bool, how: dict[str, Any]) -> None:  # fmt: skip
+                 ways: Ways, frames: bool, how: dict[str, Any], bf16: bool = False) -> None:  # fmt: skip
         self.run, self.names, self.size, self.fit, self.device = run, names, size, fit, device
         self.ways, self.frames, self.how = ways, frames, how
-        self.blackbox = place(classifiers.load(spec, names), device)
-        self.cae = place(training.load(cae), device)
+        self.blackbox = place(classifiers.load(spec, names), device, bf16)
+        self.cae = place(training.load(cae), device, bf16)
         self.overlays = 0  # to be drawn yet
 
     def __call__(self, unit: Unit) -> pa.Table:

@@ -61,7 +61,7 @@ def methods(
         return over_donors(explain(cae, blackbox, x[each], source[each], target[each], waypoints, **how), counts).map
 
     def of_peer(maps: Callable[[BlackBox, Tensor, Tensor], Tensor], x: Tensor, source: Tensor, *_: Any) -> Tensor:
-        return maps(blackbox, x, source).detach()
+        return maps(blackbox, x, source).detach().float()
 
     @torch.no_grad()
     def against_reconstruction(x: Tensor, *_: Any) -> Tensor:
@@ -143,11 +143,11 @@ class MeasureWorker:
 
     def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
                  oracle: str, modes: dict[str, dict[str, Any]], full: bool, draws: int, seed: int,
-                 smooth: float = 0) -> None:  # fmt: skip
+                 smooth: float = 0, bf16: bool = False) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device, self.draws, self.seed = run, size, fit, device, draws, seed
-        self.blackbox = place(classifiers.load(spec, names), device)
-        self.oracle = place(classifiers.load(oracle, names), device) if oracle else None
-        self.cae = place(training.load(run.path("cae")), device)
+        self.blackbox = place(classifiers.load(spec, names), device, bf16)
+        self.oracle = place(classifiers.load(oracle, names), device, bf16) if oracle else None
+        self.cae = place(training.load(run.path("cae")), device, bf16)
         self.ways = ways
         self.own, self.full = modes["CAE"], full
         self.methods = methods(self.blackbox, self.cae, modes, full, seed)

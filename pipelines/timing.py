@@ -27,10 +27,10 @@ class TimeWorker:
     """Times every method, and the parts that a CAE's map is made of, on the images that a unit's `tasks` name."""
 
     def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
-                 modes: dict[str, dict[str, Any]]) -> None:  # fmt: skip
+                 modes: dict[str, dict[str, Any]], bf16: bool = False) -> None:  # fmt: skip
         self.run, self.size, self.fit, self.device = run, size, fit, device
-        self.blackbox = place(classifiers.load(spec, names), device)
-        self.cae = place(training.load(run.path("cae")), device)
+        self.blackbox = place(classifiers.load(spec, names), device, bf16)
+        self.cae = place(training.load(run.path("cae")), device, bf16)
         self.ways = ways
         self.methods = {name: f for name, f in methods(self.blackbox, self.cae, modes, True).items()
                         if name not in CONTROLS}  # fmt: skip

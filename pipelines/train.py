@@ -145,8 +145,9 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         with run.fs.open(run.path(config["start"]), "rb") as file:
             networks.load_state_dict(torch.load(file, map_location=device, weights_only=True))
     elif state is None and options.warm_up + options.recon_warm_up:
-        learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
-                                   warm_up_teller(label) if rank == 0 else training.silent)  # fmt: skip
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
+            learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
+                                       warm_up_teller(label) if rank == 0 else training.silent)  # fmt: skip
         if rank == 0:
             print(f"{label} warmed up: class {learned['class']:.3f} nats  recon_x {learned['recon_x']:.3f}", flush=True)
             if config["start"]:
@@ -156,7 +157,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     trainer = training.Trainer(
         cae, discriminator, options,
         LossWeights(**config["weights"]), steps, blackbox,
-        wrap=lambda module: prepare_model(module, move_to_device=False), bf16=device.type == "cuda",
+        wrap=lambda module: prepare_model(module, move_to_device=False), bf16=config["bf16"],
     )  # fmt: skip
     if state is not None:
         trainer.load_state_dict(state)
