@@ -61,7 +61,7 @@ def methods(
         return over_donors(explain(cae, blackbox, x[each], source[each], target[each], waypoints, **how), counts).map
 
     def of_peer(maps: Callable[[BlackBox, Tensor, Tensor], Tensor], x: Tensor, source: Tensor, *_: Any) -> Tensor:
-        return maps(blackbox, x, source).detach().float()
+        return maps(blackbox, x, source).detach()
 
     @torch.no_grad()
     def against_reconstruction(x: Tensor, *_: Any) -> Tensor:
