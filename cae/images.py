@@ -140,9 +140,12 @@ def inpaint(x: Tensor, covered: Tensor) -> Tensor:
     pixels wide (half that at the image's border) are solved to 1e-3; in wider ones the middle keeps some of the guess.
     An image that is covered whole becomes 0. What `covered` hides is never read, what it shows is not changed.
     """
+    seen = x.masked_fill(covered, 0)
+    if x.shape[1] > 1 and torch.equal(seen, seen[:, :1].expand_as(seen)):  # grey: the work of one channel does
+        return inpaint(seen[:, :1], covered).expand_as(x).contiguous()
     number, channels, height, width = x.shape
     known = covered.logical_not().to(x)
-    sums, weights = [x.masked_fill(covered, 0)], [known]
+    sums, weights = [seen], [known]
     while max(sums[-1].shape[-2:]) > 1:
         sums.append(F.avg_pool2d(sums[-1], 2, ceil_mode=True))
         weights.append(F.avg_pool2d(weights[-1], 2, ceil_mode=True))

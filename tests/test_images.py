@@ -361,6 +361,8 @@ def test_inpaint_solves_laplaces_equation_and_touches_nothing_else() -> None:
         assert np.abs(filled.numpy() - harmonic(image, hole)).max() < 1e-3
     assert torch.equal(inpaint(x.masked_fill(covered, torch.nan), covered), found)  # what is hidden is not looked at
     assert torch.equal(inpaint(x[1:2], covered[1:2]), found[1:2])
+    grey = inpaint(x[:, :1].expand(-1, 3, -1, -1), covered)  # whose channels are solved as one
+    assert grey.is_contiguous() and torch.equal(grey, found[:, :1].expand_as(grey))
 
 
 def test_inpaint_keeps_constants_and_ramps() -> None:
