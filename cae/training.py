@@ -204,12 +204,12 @@ def silent(what: str, step: int, steps: int) -> None:
 
 
 def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: np.ndarray, config: TrainConfig,
-            seed: int, tell: Tell = silent) -> dict[str, float]:  # fmt: skip
+            seed: int, tell: Tell = silent, bf16: bool = False) -> dict[str, float]:  # fmt: skip
     """Teach the networks what single images can, before the first pair; returns each mean loss over its last steps.
 
     First `config.warm_up` steps for the class encoder and D_c (`class`, nats), then `config.recon_warm_up` ones for the
     individual encoder and the decoder (`recon_x`, L1). `images` (N, S, S, 3) uint8 and `labels` (N,); classes are drawn
-    evenly. `tell` is called after every step. After no steps a loss is NaN.
+    evenly. `tell` is called after every step. After no steps a loss is NaN. `bf16`: under autocast, as in `Trainer`.
     """
     device = next(cae.parameters()).device
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -223,13 +223,15 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
             tell(what, step + 1, steps)
 
     return {
-        "class": _learn_classes(cae, discriminator, batches("class", WARM_UP_BATCH, config.warm_up), config, seed),
-        "recon_x": _learn_images(cae, batches("recon_x", RECON_BATCH, config.recon_warm_up), config),
+        "class": _learn_classes(
+            cae, discriminator, batches("class", WARM_UP_BATCH, config.warm_up), config, seed, bf16
+        ),
+        "recon_x": _learn_images(cae, batches("recon_x", RECON_BATCH, config.recon_warm_up), config, bf16),
     }
 
 
 def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tuple[Tensor, Tensor]],
-                   config: TrainConfig, seed: int) -> float:  # fmt: skip
+                   config: TrainConfig, seed: int, bf16: bool) -> float:  # fmt: skip
     """Teach the class encoder and D_c to name the classes of images, which are disturbed (`disturb`).
 
     A class code that means nothing yet and a D_c that sees no lesion yet teach the decoder to ignore both, and a short
@@ -245,10 +247,10 @@ def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tup
         code = cae.class_encoder(prepare(x, cae.config))
         return F.cross_entropy(discriminator(x)[:, 2:], y) + F.cross_entropy(head(code), y)
 
-    return _descend_once(rates, loss, batches, config.warm_up) / 2
+    return _descend_once(rates, loss, batches, config.warm_up, bf16) / 2
 
 
-def _learn_images(cae: CAE, batches: Iterator[tuple[Tensor, Tensor]], config: TrainConfig) -> float:
+def _learn_images(cae: CAE, batches: Iterator[tuple[Tensor, Tensor]], config: TrainConfig, bf16: bool) -> float:
     """Teach the individual encoder and the decoder to give images back, with the class encoder as it is."""
     rates = [(cae.individual_encoder, WARM_UP_LR), (cae.decoder, WARM_UP_LR)]
 
@@ -257,17 +259,18 @@ def _learn_images(cae: CAE, batches: Iterator[tuple[Tensor, Tensor]], config: Tr
             code = cae.class_encoder(prepare(x, cae.config))
         return recon_x(cae.decode(code, cae.individual_encoder(prepare(x, cae.config))), x)
 
-    return _descend_once(rates, loss, batches, config.recon_warm_up)
+    return _descend_once(rates, loss, batches, config.recon_warm_up, bf16)
 
 
 def _descend_once(rates: list[tuple[nn.Module, float]], loss: Callable[[Tensor, Tensor], Tensor],
-                  batches: Iterator[tuple[Tensor, Tensor]], steps: int) -> float:  # fmt: skip
+                  batches: Iterator[tuple[Tensor, Tensor]], steps: int, bf16: bool) -> float:  # fmt: skip
     """Descend under rates that rise to the ones given and fall; the mean loss of the last tenth of the steps."""
     optimizer = torch.optim.AdamW([{"params": list(part.parameters())} for part, _ in rates], fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate for _, rate in rates], total_steps=max(steps, 1))
     losses = []
     for x, y in batches:
-        value = loss(x, y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):  # for a step: it keeps the weights it casts
+            value = loss(x, y)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()

@@ -145,9 +145,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         with run.fs.open(run.path(config["start"]), "rb") as file:
             networks.load_state_dict(torch.load(file, map_location=device, weights_only=True))
     elif state is None and options.warm_up + options.recon_warm_up:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
-            learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
-                                       warm_up_teller(label) if rank == 0 else training.silent)  # fmt: skip
+        learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
+                                   warm_up_teller(label) if rank == 0 else training.silent, config["bf16"])  # fmt: skip
         if rank == 0:
             print(f"{label} warmed up: class {learned['class']:.3f} nats  recon_x {learned['recon_x']:.3f}", flush=True)
             if config["start"]:
