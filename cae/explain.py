@@ -7,6 +7,7 @@ batched; all tensors stay on the images' device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,11 +18,12 @@ from cae.classifiers import BlackBox
 from cae.images import blur
 from cae.networks import CAE
 
-Mode = Literal["integrated", "patch", "path", "contrast", "input"]
+Mode = Literal["integrated", "evidence", "patch", "path", "contrast", "input"]
 # Steps of the path, and of the bisection after it. Modes that need no more on a straight path are named apart:
 # `integrated` gains nothing from it (benchmarks/README.md), and `patch` looks at the path's two ends only.
 SEARCH = (8, 4)
-SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "patch": (1, 0)}
+SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "evidence": (1, 0), "patch": (1, 0)}
+WITHOUT_TEXTURE = 0.05  # sigma, as a share of the side, of the blur that takes the texture out of images
 GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
 PIXELS_AT_ONCE = 512 * 64 * 64  # see `images_at_once`
@@ -86,13 +88,13 @@ def along(corners: Tensor, t: Tensor) -> Tensor:
 def choose_mode(mode: Mode | Literal["auto"], differentiable: bool) -> Mode:
     """The mode that `auto` stands for, for a classifier with a gradient or without; any other as it is.
 
-    Raises ValueError for `integrated` without a gradient.
+    Raises ValueError for `integrated` and `evidence` without a gradient.
     """
     if mode == "auto":
         return "integrated" if differentiable else "patch"
-    if mode == "integrated" and not differentiable:
+    if mode in ("integrated", "evidence") and not differentiable:
         raise ValueError(
-            "--mode integrated needs the classifier's gradient, and this one gives outputs only: choose patch"
+            f"--mode {mode} needs the classifier's gradient, and this one gives outputs only: choose patch"
         )
     return mode
 
@@ -108,18 +110,23 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     they are (B, D), straight to it. It is walked at constant speed in `steps` steps, the reconstruction at its start.
     Its end is the first frame whose class for b is the target, ahead of every other class by `margin` in probability,
     found to 1 / (steps * 2^refine) of the way by bisection; both as the mode needs where not given: 8 and 4, and for
-    `integrated` and `patch` on a straight way 1 and 0. `codes`, as `cae.encode` gives them, save encoding x. Maps:
+    `integrated`, `evidence` and `patch` on a straight way 1 and 0. `codes` are what `cae.encode` gives, if it is known.
+    Maps:
 
     - `auto`: `integrated`, or `patch` where b has no gradient;
     - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
+    - `evidence`: `integrated`, half of the same to the blurred counterfactual, and what b loses where a window of the
+      image is greyed, and where it is replaced by the blurred reconstruction: parts of one unit, logits a pixel, added
+      up. So it counts what makes the other class, and what the own one needs, shape or texture; see `_windows`;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_patch`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
     - `contrast`: mean over channels of |end - reconstruction|;
     - `input`: that of |end - x|, which mixes in the reconstruction's error (what the authors' script does).
 
-    `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none.
-    `window`, in (0, 1], is the side of the windows of `patch` as a share of the image's shorter side.
+    `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none. The
+    part of `evidence` that is a mean over windows gets half of it.
+    `window`, in (0, 1], is the side of the windows of `evidence` and `patch` as a share of the image's shorter side.
     """
     mode = choose_mode(mode, blackbox.differentiable)
     if not 0 < window <= 1:
@@ -181,17 +188,25 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     difference = walked.diff(dim=1)  # (B, K, 3, H, W)
     weight = p_target.diff(dim=1).clamp(min=0)  # (B, K)
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    if mode == "integrated":
+    windows = partial(_windows, blackbox, source=source, target=target, window=max(1, round(window * min(size))),
+                      at_once=at_once)  # fmt: skip
+    if mode in ("integrated", "evidence"):
         heat = _integrated(blackbox, torch.cat([x[:, None], walked[:, 1:]], 1), first, source, target, at_once)
+        if mode == "evidence":
+            way = torch.stack([x, blur(end, WITHOUT_TEXTURE)], 1)
+            heat += _integrated(blackbox, way, torch.ones_like(first), source, target, at_once) / 2
     elif mode == "patch":
-        pixels = max(1, round(window * min(size)))
-        heat = _patch(blackbox, x, end, source, target, pixels, at_once)
+        # What the counterfactual's windows do in the image, and what the image's undo in the counterfactual.
+        heat = (windows(x, end) - windows(end, x)) / 2
     elif mode == "path":
         heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:
         heat = (end - (walked[:, 0] if mode == "contrast" else x)).abs().mean(1)
     if smooth:
         heat = blur(heat, smooth)
+    if mode == "evidence":
+        lost = windows(x, torch.zeros_like(x)) + windows(x, blur(walked[:, 0], WITHOUT_TEXTURE))
+        heat += blur(lost, smooth / 2) if smooth else lost
     # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
     # where the images differ, whatever the classifier.
     heat = heat.clamp(min=0)
@@ -267,16 +282,16 @@ def _integrated(blackbox: BlackBox, way: Tensor, first: Tensor, source: Tensor, 
     return heat
 
 
-def _patch(blackbox: BlackBox, x: Tensor, end: Tensor, source: Tensor, target: Tensor, window: int,
-           at_once: int) -> Tensor:  # fmt: skip
-    """What a square window of the counterfactual does to b in the image, and one of the image in it; signed, (B, H, W).
+def _windows(blackbox: BlackBox, x: Tensor, content: Tensor, source: Tensor, target: Tensor, window: int,
+             at_once: int) -> Tensor:  # fmt: skip
+    """What a square window of `content` (B, 3, H, W) does to b in the images x; signed, (B, H, W).
 
-    With f b's target minus source logit, and m the mask of a window of `window` pixels a side: the mean of
-    f(x with `end` inside m) - f(x) and f(end) - f(end with x inside m), over the window's area. A pixel has the mean
-    over the windows that cover it, which stand half a window apart, those at the right and lower border as far in as
-    needed. So both maps, this and `_integrated`, are logits a pixel; for a linear f this one is the other averaged over
-    windows. The logit and not the probability, which hardly moves by any window of an image that b is sure of, though
-    that is where most images are; it takes the outputs only, for a softmax's log odds are that difference.
+    With f b's target minus source logit, and m the mask of a window of `window` pixels a side: the mean over the
+    window's area of f(x with the content inside m) - f(x). A pixel has the mean over the windows that cover it, which
+    stand half a window apart, those at the right and lower border as far in as needed. So it is logits a pixel, as
+    `_integrated` is; for a linear f it is that of content - x averaged over windows. The logit and not the probability,
+    which hardly moves by any window of an image that b is sure of, though that is where most images are; it takes the
+    outputs only, for a softmax's log odds are that difference.
     """
     number, _, height, width = x.shape
 
@@ -287,21 +302,16 @@ def _patch(blackbox: BlackBox, x: Tensor, end: Tensor, source: Tensor, target: T
         return (begins <= place) & (place < begins + window)
 
     down, across = masks(height), masks(width)
-    lead, lead_end = (
-        torch.cat([_logit_lead(blackbox, images[i], source[i], target[i]) for i in torch.arange(number).split(at_once)])
-        for images in (x, end)
-    )
-    effects = []
-    for chunk in torch.arange(number * len(down) * len(across), device=x.device).split(max(1, at_once // 2)):
-        image, place = chunk // (len(down) * len(across)), chunk % (len(down) * len(across))
+    places = len(down) * len(across)
+    lead = [_logit_lead(blackbox, x[i], source[i], target[i]) for i in torch.arange(number).split(at_once)]
+    asked = []
+    for chunk in torch.arange(number * places, device=x.device).split(at_once):
+        image, place = chunk // places, chunk % places
         mask = (down[place // len(across), :, None] & across[place % len(across), None, :])[:, None]  # (n, 1, H, W)
-        put_in, taken_out = torch.where(mask, end[image], x[image]), torch.where(mask, x[image], end[image])
-        both = image.repeat(2)
-        asked = _logit_lead(blackbox, torch.cat([put_in, taken_out]), source[both], target[both])
-        effects.append((asked[: len(image)] - lead[image] + lead_end[image] - asked[len(image) :]) / 2)
-    effect = torch.cat(effects).view(number, len(down), len(across)) / window**2
+        asked.append(_logit_lead(blackbox, torch.where(mask, content[image], x[image]), source[image], target[image]))
+    effect = (torch.cat(asked).view(number, places) - torch.cat(lead)[:, None]) / window**2
     rows, cols = down.to(effect), across.to(effect)
-    return rows.T @ effect @ cols / torch.outer(rows.sum(0), cols.sum(0))
+    return rows.T @ effect.view(number, len(down), len(across)) @ cols / torch.outer(rows.sum(0), cols.sum(0))
 
 
 def _logit_lead(blackbox: BlackBox, images: Tensor, source: Tensor, target: Tensor) -> Tensor:

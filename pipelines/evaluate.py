@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from cae import classifiers
 from cae.blackboxes import resolve
-from cae.explain import Mode, choose_mode
+from cae.explain import SEARCH_STRAIGHT, Mode, choose_mode
 from cae.manifold import smote_codes
 from cae.peers.table import peers
 from pipelines import run as runs
@@ -124,7 +124,7 @@ def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
             modes[UNSMOOTHED] = replace(options, smooth=0)
         for mode in get_args(Mode):
             if mode != options.mode:  # the paper's, and what is compared with it, to the letter
-                smooth = options.smooth if mode in ("integrated", "patch") else 0
+                smooth = options.smooth if mode in SEARCH_STRAIGHT else 0
                 modes[f"CAE {mode}"] = replace(options, mode=mode, steps=0, smooth=smooth)
     return {name: path_options(how) for name, how in modes.items()}
 

@@ -80,7 +80,7 @@ def test_signed_map_tells_what_appears_from_what_vanishes() -> None:
 def test_steps_are_what_the_mode_needs_unless_given() -> None:
     x = image(-0.2)
     bent = [[[0.1, -0.4], [0.8, -0.5]]]
-    for mode, steps in (("integrated", 1), ("patch", 1), ("path", 8), ("contrast", 8), ("input", 8)):
+    for mode, steps in (("integrated", 1), ("evidence", 1), ("patch", 1), ("path", 8), ("contrast", 8), ("input", 8)):
         assert run(x, [0], [1], [[0.8, -0.5]], mode=mode).frames.shape[1] == steps + 1
         assert run(x, [0], [1], bent, mode=mode).frames.shape[1] == 9
         assert run(x, [0], [1], [[0.8, -0.5]], mode=mode, steps=3, refine=0).frames.shape[1] == 4
@@ -147,14 +147,13 @@ def test_integrated_attributions_sum_to_the_change_of_the_logit_from_the_image_t
 
 
 @torch.no_grad()
-def slow_patch(b: BlackBox, x: Tensor, change: Tensor, source: int, target: int, window: int) -> Tensor:
+def slow_windows(b: BlackBox, x: Tensor, content: Tensor, source: Tensor, target: Tensor, window: int) -> Tensor:
     """The signed map (H, W) of one image (3, H, W), window by window."""
 
     def f(picture: Tensor) -> float:
         logits = b(picture[None])[0]
         return float(logits[target] - logits[source])
 
-    f_x, f_changed = f(x), f(x + change)
     height, width = x.shape[1:]
     stride = max(1, window // 2)
     tops, lefts = ([*range(0, size - window, stride), size - window] for size in (height, width))
@@ -162,10 +161,9 @@ def slow_patch(b: BlackBox, x: Tensor, change: Tensor, source: int, target: int,
     for top in tops:
         for left in lefts:
             square = slice(top, top + window), slice(left, left + window)
-            part = torch.zeros_like(change)
-            part[:, *square] = change[:, *square]
-            rise, fall = f(x + part) - f_x, f_changed - f(x + change - part)
-            total[square] += (rise + fall) / 2 / window**2
+            picture = x.clone()
+            picture[:, *square] = content[:, *square]
+            total[square] += (f(picture) - f(x)) / window**2
             count[square] += 1
     return total / count
 
@@ -178,9 +176,12 @@ def test_patch_map_against_slow(window: int, monkeypatch: pytest.MonkeyPatch) ->
     blackbox = BlackBox(net.double(), tuple("abcd")).eval()
     source, target = torch.tensor([0, 1]), torch.tensor([1, 2])
     with torch.no_grad():
-        change = network.decode(codes, network.encode(x)[1]) - x
-    pairs = zip(x, change, source.tolist(), target.tolist(), strict=True)
-    expected = torch.stack([slow_patch(blackbox, *each, window) for each in pairs])
+        end = network.decode(codes, network.encode(x)[1])
+    there, back = (
+        torch.stack([slow_windows(blackbox, *each, window) for each in zip(*pair, source, target, strict=True)])
+        for pair in ((x, end), (end, x))
+    )
+    expected = (there - back) / 2
     assert expected.amax() > 1e-4 and (window == 20 or expected.amin() < 0)
     found = explain(network, blackbox, x, source, target, codes, mode="patch", window=window / 20)
     assert torch.allclose(found.map, expected.clamp(min=0).double(), atol=1e-6)
@@ -195,7 +196,8 @@ def test_patch_map_against_slow(window: int, monkeypatch: pytest.MonkeyPatch) ->
     asked.clear()
     blackbox.differentiable = False
     chunked = explain(network, blackbox, x, source, target, codes, mode="patch", window=window / 20)
-    assert torch.allclose(chunked.map, found.map, atol=1e-9) and max(asked) > 8
+    windows = [len(range(0, size - window, window // 2)) + 1 for size in (20, 32)]
+    assert torch.allclose(chunked.map, found.map, atol=1e-9) and max(asked) == 2 * math.prod(windows)
     monkeypatch.setattr(cae.explain, "PIXELS_AT_ONCE", 8 * 20 * 32)
     asked.clear()
     explain(network, blackbox, x, source, target, codes, mode="patch", window=window / 20)
@@ -208,13 +210,13 @@ def test_patch_map_against_slow(window: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.no_grad()
-def test_patch_map_where_b_is_linear_is_the_attributions_averaged_over_windows() -> None:
+def test_windows_where_b_is_linear_have_the_attributions_averaged_over_them() -> None:
     b = differentiable(linear=True)
     x, change = torch.randn(2, 2, 3, SIDE, SIDE, dtype=torch.float64)
     source, target = torch.tensor([0, 2]), torch.tensor([1, 0])
     weights = b.net[2].weight
     share = ((weights[target] - weights[source]).view_as(x) * change).sum(1)  # (B, H, W): each pixel's part
-    found = cae.explain._patch(b, x, x + change, source, target, 4, at_once=50)
+    found = cae.explain._windows(b, x, x + change, source, target, 4, at_once=50)
     total, count = torch.zeros_like(share), torch.zeros_like(share)
     for top in range(0, SIDE - 3, 2):
         for left in range(0, SIDE - 3, 2):
@@ -223,17 +225,40 @@ def test_patch_map_where_b_is_linear_is_the_attributions_averaged_over_windows()
             count[square] += 1
     assert torch.allclose(found, total / count)
     # A pixel at a time: the attributions themselves.
-    assert torch.allclose(cae.explain._patch(b, x, x + change, source, target, 1, at_once=50), share)
+    assert torch.allclose(cae.explain._windows(b, x, x + change, source, target, 1, at_once=50), share)
 
 
 @torch.no_grad()
-def test_patch_map_of_one_window_is_the_whole_change_whatever_b() -> None:
+def test_one_window_has_the_whole_change_whatever_b() -> None:
     b = differentiable()
     x, change = torch.randn(2, 3, 3, SIDE, SIDE, dtype=torch.float64)
     source, target = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
     rise = logit_lead(b, x + change, source, target) - logit_lead(b, x, source, target)
-    found = cae.explain._patch(b, x, x + change, source, target, SIDE, at_once=1)
+    found = cae.explain._windows(b, x, x + change, source, target, SIDE, at_once=1)
     assert torch.allclose(found, (rise / SIDE**2)[:, None, None].expand(-1, SIDE, SIDE))
+
+
+@torch.no_grad()
+def test_evidence_is_the_sum_of_four_maps() -> None:
+    network, b, x, codes = crooked_world()
+    x, codes = x[:3], codes[:3]
+    source, target = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
+    rec, end = (network.decode(code, network.encode(x)[1]) for code in (network.encode(x)[0], codes))
+    way = torch.stack([x, end], 1)
+    one = torch.ones(3, dtype=int)
+    expected = cae.explain._integrated(b, way, one, source, target, at_once=9)
+    without_texture = [cae.explain.blur(images, cae.explain.WITHOUT_TEXTURE) for images in (rec, end)]
+    way = torch.stack([x, without_texture[1]], 1)
+    expected += cae.explain._integrated(b, way, one, source, target, at_once=9) / 2
+    lost = torch.stack([
+        sum(slow_windows(b, x[k], content[k], source[k], target[k], 8) for content in (0 * x, without_texture[0]))
+        for k in range(3)
+    ])  # fmt: skip
+    found = explain(network, b, x, source, target, codes, mode="evidence", window=0.25)
+    assert torch.allclose(found.map, (expected + lost).clamp(min=0), atol=1e-6) and found.map.amax() > 1e-3
+    smooth = explain(network, b, x, source, target, codes, mode="evidence", window=0.25, smooth=0.1)
+    blurred = cae.explain.blur(expected, 0.1) + cae.explain.blur(lost, 0.05)
+    assert torch.allclose(smooth.map, blurred.clamp(min=0), atol=1e-6)
 
 
 def test_patch_map_lies_within_a_window_of_the_blob_and_needs_no_gradient() -> None:
@@ -258,7 +283,7 @@ def test_windows_that_are_no_share_of_the_side_are_refused() -> None:
             run(image(-0.2), [0], [1], [[0.8, -0.5]], mode="patch", window=window)
 
 
-@pytest.mark.parametrize("mode", get_args(Mode))
+@pytest.mark.parametrize("mode", sorted(set(get_args(Mode)) - {"evidence"}))
 def test_smooth_blurs_the_map_and_nothing_else(mode: str) -> None:
     x = image(-0.2)
     sharp, smooth = (run(x, [0], [1], [[0.8, -0.5]], mode=mode, smooth=share) for share in (0.0, 0.1))

@@ -15,7 +15,8 @@ from cae.networks import CAE, Discriminator
 from cae.training import disturb, warm_up
 
 
-def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest(bf16: bool) -> None:
     torch.manual_seed(0)
     model = replace(TINY, disc_init="kaiming")
     cae, discriminator = CAE(model), Discriminator(model, 2)
@@ -26,7 +27,9 @@ def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest() -> None
         + 120 * y.astype(np.uint8)[:, None, None, None]
     )
     told: list[tuple[str, int, int]] = []
-    learned = warm_up(cae, discriminator, images, y, replace(TRAIN, warm_up=60), 0, lambda *words: told.append(words))
+    learned = warm_up(
+        cae, discriminator, images, y, replace(TRAIN, warm_up=60), 0, lambda *words: told.append(words), bf16
+    )
     assert learned["class"] < 0.2 and math.isnan(learned["recon_x"])  # nats; knowing nothing costs 0.69
     assert told == [("class", step, 60) for step in range(1, 61)]
     x = to_tensor(images)
