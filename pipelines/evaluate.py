@@ -91,7 +91,7 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
         "measured": rows[rows.measured][["split", "id", "source"]],
     }
     if full:
-        found |= {"fill_agreement": tables.agreement_table(found["perturbation"]),
+        found |= {"fill_agreement": tables.agreement_table(found["perturbation"]), "modes": tables.modes_table(maps),
                   "new_codes": tables.new_code_table(rows, names)}  # fmt: skip
         if plan.timed:
             timed = {name: how for name, how in common["modes"].items() if name != UNSMOOTHED}  # costs what CAE does

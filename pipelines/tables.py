@@ -48,9 +48,10 @@ def curve_rows(maps: pd.DataFrame) -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def compare(frame: pd.DataFrame, value: str, against: bool = True) -> list[dict[str, Any]]:
+def compare(frame: pd.DataFrame, value: str, ours: str = "CAE") -> list[dict[str, Any]]:
     """A row of COMPARED for each method, in their order in a frame with the columns `id`, `group`, `method` and
-    `value`: means over images, or of curves the largest mean over images (Eq. 12)."""
+    `value`: means over images, or of curves the largest mean over images (Eq. 12). `ours` is the method that the others
+    are compared with; "": none."""
     methods, group = frame.method.unique(), frame.drop_duplicates("id").set_index("id").group
     whole = [np.isfinite(np.asarray(held, float)).all() for held in frame[value]]  # neither a NaN nor a curve with one
     table = frame[whole].pivot(index="id", columns="method", values=value).reindex(columns=methods).sort_index()
@@ -61,10 +62,10 @@ def compare(frame: pd.DataFrame, value: str, against: bool = True) -> list[dict[
         curves = values.ndim == 2
         mean = metrics.peak_degradation(torch.from_numpy(values)) if curves else of_method.astype(float).mean()
         row = {"method": method, "images": len(values), "value": mean}
-        both = table[["CAE", method]].dropna() if against and method != "CAE" and "CAE" in table else of_method[:0]
+        both = table[[ours, method]].dropna() if method != ours and ours in table else of_method[:0]
         if group[both.index].nunique() > 1:
-            ours, theirs = (np.array(both[name].to_list(), float) for name in both)
-            interval = metrics.paired_bootstrap(ours, theirs, groups=group[both.index])
+            a, b = (np.array(both[name].to_list(), float) for name in both)
+            interval = metrics.paired_bootstrap(a, b, groups=group[both.index])
             row |= dict(zip(COMPARED[3:], interval, strict=True))
         found.append(row)
     return found
@@ -90,24 +91,46 @@ def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) ->
         for measure in ("insertion", "deletion"):
             if group[measure].notna().any():
                 out += [common | {"form": "pixels", "measure": measure} | row for row in compare(group, measure)]
-    for split, group in curves.groupby("split", sort=False):  # one number for all fills, since they disagree
-        if group.fill.nunique() > 1:
-            forms = ["aopc_disjoint", "aopc_paper"]
-            means = group.groupby(["id", "group", "method"], sort=False)[forms].agg(lambda of: of.mean(skipna=False))
-            for form in forms:
-                common = {"split": split, "fill": "all", "form": form.removeprefix("aopc_"), "measure": "aopc"}
-                out += [common | row for row in compare(means.reset_index(), form)]
+    for split, group in over_fills(curves).groupby("split", sort=False):
+        for form in ("disjoint", "paper"):
+            common = {"split": split, "fill": "all", "form": form, "measure": "aopc"}
+            out += [common | row for row in compare(group, f"aopc_{form}")]
     for split, group in maps.dropna(subset="curves").groupby("split", sort=False):
         columns_of = {"covered_disjoint": ("covered", "disjoint"), "covered_paper": ("covered", "paper"),
                       "tie_share": ("tie_share", "")}  # fmt: skip
         for column, (measure, form) in columns_of.items():
-            rows = compare(group, column, against=False)
+            rows = compare(group, column, ours="")
             out += [{"split": split, "fill": "", "form": form, "measure": measure} | row for row in rows]
     table = pd.DataFrame(out, columns=columns)
     fills_told = [told.get(method, ()) for method in table.method]  # the mean of all holds those too
     return table.assign(
         told=[fill in own or (fill == "all" and bool(own)) for fill, own in zip(table.fill, fills_told, strict=True)]
     )
+
+
+def over_fills(curves: pd.DataFrame) -> pd.DataFrame:
+    """Mean AOPC of each image and method over the fills, one number since they disagree, where there are several."""
+    several = curves[curves.groupby("split").fill.transform("nunique") > 1]
+    by, forms = ["split", "id", "group", "method"], ["aopc_disjoint", "aopc_paper"]
+    return several.groupby(by, sort=False)[forms].agg(lambda of: of.mean(skipna=False)).reset_index()
+
+
+def modes_table(maps: pd.DataFrame) -> pd.DataFrame:
+    """How the CAE's other modes do beside every method: AOPC over disjoint patches by split and fill, with the mean of
+    the `mode`'s value minus the method's and its interval."""
+    curves = curve_rows(maps)
+    columns = ["split", "fill", "mode", *COMPARED[:3], "mode_minus_this", *COMPARED[4:]]
+    if curves.empty:
+        return pd.DataFrame(columns=columns)
+    out: list[dict[str, Any]] = []
+    for (split, fill), group in pd.concat([curves, over_fills(curves).assign(fill="all")]).groupby(
+        ["split", "fill"], sort=False
+    ):
+        for mode in group.method[group.method.str.startswith("CAE ")].unique():
+            rows = pd.DataFrame(compare(group, "aopc_disjoint", ours=mode), columns=COMPARED)
+            out += (rows.rename(columns={"cae_minus_this": "mode_minus_this"})
+                    .assign(split=split, fill=fill, mode=mode).query("method != mode").to_dict("records"))  # fmt: skip
+    return pd.DataFrame(out, columns=columns)
 
 
 def agreement_table(perturbation: pd.DataFrame) -> pd.DataFrame:

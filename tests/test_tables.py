@@ -78,6 +78,25 @@ def test_perturbation_is_means_peaks_and_paired_differences() -> None:
     assert np.isclose(found.value["", "", "tie_share", "CAE"], 0.25)
 
 
+def test_other_modes_are_compared_with_every_method() -> None:
+    maps = tables.map_rows(rows())
+    maps["method"] = maps.method.replace({"peer": "CAE patch"})
+    table = tables.modes_table(maps)
+    assert set(table["mode"]) == {"CAE patch"} and set(table.fill) == {"uniform", "blur", "all"}
+    found = table.set_index(["fill", "method"])
+    assert set(table.method) == {"CAE", "random"} and len(found) == 6
+    mine = {fill: np.array(VALUES["peer"][fill][:2]) for fill in ("uniform", "blur")}
+    for method in ("CAE", "random"):
+        theirs = {fill: np.array(VALUES[method][fill]) for fill in mine}
+        for fill, ours, other in (*((f, mine[f], theirs[f]) for f in mine),
+                                  ("all", sum(mine.values()) / 2, sum(theirs.values()) / 2)):  # fmt: skip
+            row = found.loc[fill, method]
+            assert row.images == 3 and np.isclose(row.value, other.mean())
+            interval = metrics.paired_bootstrap(ours, other[:2])
+            np.testing.assert_allclose([row.mode_minus_this, row.low, row.high], interval)
+    assert tables.modes_table(tables.map_rows(rows())).empty
+
+
 def test_images_of_one_patient_are_drawn_together() -> None:
     alone = tables.perturbation_table(tables.map_rows(rows()), {})
     of_patients = rows().assign(group=["a", "a", "b", "c"])
