@@ -42,6 +42,8 @@ class Options:
     few: int = 12
     """Of them, those for methods that ask the classifier more than 40 times for a map (integrated gradients, occlusion,
     LIME, RISE): with all 64 they would take an hour."""
+    only: tuple[str, ...] = ()
+    """Methods to measure, by their names in the table; all of them if none is given. The picture is of those."""
     seed: int = 0
     """Seed of the weights and of the choice of images."""
 
@@ -62,7 +64,7 @@ def main(options: Options) -> None:
     run = Run(options.run)
     blackbox, cae = networks(run)
     x, source, target = examples(run, blackbox, options.images, options.seed)
-    found = methods(run, cae)
+    found = {name: method for name, method in methods(run, cae).items() if name in options.only or not options.only}
     asked = {name: queries(method, blackbox, x[:1], source[:1], target[:1]) for name, method in found.items()}
 
     def maps(name: str, classifier: BlackBox) -> Tensor:
