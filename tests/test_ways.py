@@ -200,8 +200,8 @@ def test_the_networks_see_few_sizes_of_batches(finished: Path, donors: str, mode
         assert [(row["id"], row["status"]) for row in rows] == [(row["id"], row["status"]) for row in whole[:count]]
         assert all(np.allclose(a["map"], b["map"], atol=1e-3) for a, b in zip(rows, whole, strict=False))
     assert encoded <= {8, 16, 24, 32, 5}
-    if mode == "patch":  # besides, full batches of windows, and what is left over of them for each of the four sizes
-        assert {8, 16, 24, 32} <= asked and len(asked) <= 4 + 1 + 4
+    if mode == "patch":  # besides, full batches of windows, and what is left over of them for each of the three sizes
+        assert {8, 24, 32} <= asked and len(asked) <= 3 + 1 + 3
     else:
         assert asked <= paths | {8, 16, 24, 32}
 
