@@ -43,7 +43,7 @@ class Options:
     """Of them, those for methods that ask the classifier more than 40 times for a map (integrated gradients, occlusion,
     LIME, RISE): with all 64 they would take an hour."""
     only: tuple[str, ...] = ()
-    """Methods to measure, by their names in the table; all of them if none is given. The picture is of those."""
+    """Methods to measure, by their names in the table; without any, all of them, and a picture."""
     seed: int = 0
     """Seed of the weights and of the choice of images."""
 
@@ -64,7 +64,11 @@ def main(options: Options) -> None:
     run = Run(options.run)
     blackbox, cae = networks(run)
     x, source, target = examples(run, blackbox, options.images, options.seed)
-    found = {name: method for name, method in methods(run, cae).items() if name in options.only or not options.only}
+    found = methods(run, cae)
+    unknown = [name for name in options.only if name not in found]
+    if unknown:
+        raise SystemExit(f"error: --only {unknown[0]!r}: choose among {', '.join(found)}")
+    found = {name: found[name] for name in options.only or found}
     asked = {name: queries(method, blackbox, x[:1], source[:1], target[:1]) for name, method in found.items()}
 
     def maps(name: str, classifier: BlackBox) -> Tensor:
@@ -87,7 +91,8 @@ def main(options: Options) -> None:
     compare(OTHER, {name: heat.roll(1, 0) for name, heat in original.items()})
     for stage, random in cascade(blackbox, options.seed):
         compare(stage, {name: maps(name, random) for name in found})
-    draw(rows).savefig(TABLE.with_suffix(".png"), dpi=120)
+    if not options.only:
+        draw(rows).savefig(TABLE.with_suffix(".png"), dpi=120)
     stages = list(dict.fromkeys(row["drawn_anew_down_to"] for row in rows))
     print(f"rank correlation\n{'':28}" + "".join(f"{stage:>12}" for stage in stages))
     for name in found:
