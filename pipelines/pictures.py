@@ -62,14 +62,15 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         )
     curves = tables.curve_rows(maps)
     if len(curves):
-        curves = curves[(curves.split == headline) & ~curves.method.str.endswith(SMOOTHED)]
+        curves = curves[curves.split == headline]
     for fill, group in curves.groupby("fill", sort=False) if len(curves) else ():
         means = {name: np.stack(part.long.to_list()).mean(0) for name, part in group.groupby("method", sort=False)}
+        means = _better_forms(means)
         covered = np.arange(1, len(next(iter(means.values()))) + 1) * 49 / options.model.image_size**2
         pictures["perturbation" if fill == "uniform" else f"perturbation_{fill}"] = (
             f"Mean fall of the probability of the predicted class over {group.id.nunique()} images of {headline}, by "
-            f"the share of the image destroyed in disjoint 7x7 patches, filled with {FILLS[str(fill)]}; peers' maps as "
-            "they are.",
+            f"the share of the image destroyed in disjoint 7x7 patches, filled with {FILLS[str(fill)]}; of a "
+            "peer's maps as they are and smoothed, those that do better.",
             plots.perturbation_curves(means, covered),
         )
     aopc = found["perturbation"].query("split == @headline and measure == 'aopc' and form == 'disjoint'")
@@ -163,6 +164,16 @@ def _swap_grid(cae: CAE, blackbox: BlackBox, images: np.ndarray, individual: Ten
         p.append(blackbox.probabilities(made)[:, target[i]].numpy())
     captions = [names[int(target[i])] for i in order]
     return figures.swap_grid(images, donors[order], np.stack(combined), captions, np.stack(p))
+
+
+def _better_forms(curves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of a method's curves for its maps as they are and smoothed, the one with the greater mean."""
+    best: dict[str, str] = {}
+    for name, curve in curves.items():
+        method = name.removesuffix(SMOOTHED)
+        if method not in best or curve.mean() > curves[best[method]].mean():
+            best[method] = name
+    return {name: curves[name] for name in best.values()}
 
 
 def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, images: np.ndarray,

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from cae import metrics
-from pipelines import report, tables
+from pipelines import pictures, report, tables
 
 NAMES = ("plain", "spot")
 VALUES = {  # AOPC of three images, by method and fill
@@ -243,3 +243,9 @@ def test_the_page_has_a_row_a_method_and_marks_who_was_told() -> None:
     assert all(len(line) == len(head) for _, head, lines in (disjoint, paper, areas, cover) for line in lines)
     (located,) = report.localisation_tables(tables.localisation_table(tables.map_rows(rows())))
     assert located[1][:2] == ["method", "pointing game"] and len(located[2]) == 3
+
+
+def test_curves_drawn_are_the_better_form_of_a_methods_maps() -> None:
+    curves = {"CAE": [0.1], "a": [0.3], "a, smoothed": [0.2], "b": [0.1], "b, smoothed": [0.4], "c": [0.0]}
+    drawn = pictures._better_forms({name: np.array(curve) for name, curve in curves.items()})
+    assert list(drawn) == ["CAE", "a", "b, smoothed", "c"] and drawn["b, smoothed"] == [0.4]
