@@ -23,7 +23,7 @@ Mode = Literal["integrated", "evidence", "patch", "path", "contrast", "input"]
 # `integrated` gains nothing from it (benchmarks/README.md), and `patch` looks at the path's two ends only.
 SEARCH = (8, 4)
 SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "evidence": (1, 0), "patch": (1, 0)}
-WITHOUT_TEXTURE = 0.05  # sigma, as a share of the side, of the blur that takes the texture out of images
+WITHOUT_TEXTURE = 0.0375  # sigma, as a share of the side, of the blur that takes the texture out of images
 GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
 PIXELS_AT_ONCE = 512 * 64 * 64  # see `images_at_once`
@@ -115,10 +115,11 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
 
     - `auto`: `integrated`, or `patch` where b has no gradient;
     - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
-    - `evidence`: `integrated`, half of the same to the blurred counterfactual, and what b loses where a window of the
-      image is greyed, and where it is replaced by the blurred reconstruction: parts of one unit, logits a pixel, added
-      up. So it counts what makes the other class, and what the own one needs, shape or texture; see `_windows`;
-    - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_patch`;
+    - `evidence`: `integrated`, and what a window of the image does to b where it is replaced by the counterfactual,
+      where it is greyed, and (twice) where it loses its texture, replaced by the blurred reconstruction: parts of one
+      unit, logits a pixel, added up. So it counts what makes the other class, asked for by gradient and by queries, and
+      what the own one needs, shape or texture; see `_windows`;
+    - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_windows`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
     - `contrast`: mean over channels of |end - reconstruction|;
@@ -192,9 +193,6 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
                       at_once=at_once)  # fmt: skip
     if mode in ("integrated", "evidence"):
         heat = _integrated(blackbox, torch.cat([x[:, None], walked[:, 1:]], 1), first, source, target, at_once)
-        if mode == "evidence":
-            way = torch.stack([x, blur(end, WITHOUT_TEXTURE)], 1)
-            heat += _integrated(blackbox, way, torch.ones_like(first), source, target, at_once) / 2
     elif mode == "patch":
         # What the counterfactual's windows do in the image, and what the image's undo in the counterfactual.
         heat = (windows(x, end) - windows(end, x)) / 2
@@ -205,8 +203,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     if smooth:
         heat = blur(heat, smooth)
     if mode == "evidence":
-        lost = windows(x, torch.zeros_like(x)) + windows(x, blur(walked[:, 0], WITHOUT_TEXTURE))
-        heat += blur(lost, smooth / 2) if smooth else lost
+        asked = windows(x, end) + windows(x, torch.zeros_like(x)) + 2 * windows(x, blur(walked[:, 0], WITHOUT_TEXTURE))
+        heat += blur(asked, smooth / 2) if smooth else asked
     # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
     # where the images differ, whatever the classifier.
     heat = heat.clamp(min=0)

@@ -243,7 +243,8 @@ def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tup
     rates = [(cae.class_encoder, WARM_UP_LR), (head, WARM_UP_LR), (discriminator, WARM_UP_DISC_LR)]
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        x = disturb(x, chance)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would put the pixels' places on a coarse grid
+            x = disturb(x, chance)
         code = cae.class_encoder(prepare(x, cae.config))
         return F.cross_entropy(discriminator(x)[:, 2:], y) + F.cross_entropy(head(code), y)
 

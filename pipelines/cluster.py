@@ -6,8 +6,9 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
+from types import MethodType
 from typing import Any, TypeVar
 
 import ray
@@ -123,16 +124,14 @@ def place(module: ModuleT, device: torch.device | str, bf16: bool = False) -> Mo
     order = memory_format(config, torch.device(device)) if isinstance(config, ModelConfig) else torch.channels_last
     module.to(device).to(memory_format=order)  # type: ignore[call-overload]
     for part in module.children() if bf16 else ():
-        part.forward = _in_bfloat16(part.forward, torch.device(device).type)
+        vars(part).setdefault("in_float32", part.forward)
+        vars(part)["forward"] = MethodType(_in_bfloat16, part)  # a method: a copy of the module asks its own weights
     return module
 
 
-def _in_bfloat16(forward: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:
-    def call(*inputs: Tensor) -> Tensor:
-        with torch.autocast(kind, torch.bfloat16, enabled=not torch.is_grad_enabled()):
-            return forward(*inputs).float()
-
-    return call
+def _in_bfloat16(part: Any, *inputs: Tensor) -> Tensor:
+    with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=not torch.is_grad_enabled()):
+        return part.in_float32(*inputs).float()
 
 
 def threads_for(options: RunOptions, processes: int) -> int:

@@ -84,6 +84,7 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
         "perturbation": tables.perturbation_table(
             maps, {kind: peer.told for name, peer in peers().items() for kind in (name, name + SMOOTHED)}
         ),
+        "perturbation_by_class": tables.classes_table(maps, names),
         "localisation": tables.localisation_table(maps),
         "grid": tables.grid_table(rows),
         "training": tables.training_table(run.state["stages"], tracking.read_history(run, "train")),

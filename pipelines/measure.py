@@ -39,7 +39,8 @@ WALK = 9  # frames of a straight path between two class codes
 AT_ONCE = 16  # images that a method is given, or walked with, at once
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 BRIEF_PEERS = ("Grad-CAM",)
-SMOOTHED = ", smoothed"  # behind a peer's name: its maps after the blur that CAE's get
+KNOW_NOTHING = ("random", "centre")  # controls that a blur would only turn into themselves
+SMOOTHED = ", smoothed"  # behind a peer's or control's name: its maps after the blur that CAE's get
 Method = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]
 """Images (B, 3, S, S), b's classes (B,), classes to walk to (B,), waypoints of all paths there (n, W, D) and how many
 of these paths are each image's, in turn (B,) -> maps (B, S, S)."""
@@ -151,7 +152,11 @@ class MeasureWorker:
         self.ways = ways
         self.own, self.full = modes["CAE"], full
         self.methods = methods(self.blackbox, self.cae, modes, full, seed)
-        self.smooth, self.fine = smooth, {name for name, peer in peers(self.cae).items() if peer.fine}
+        # A blur may be all that a map is ahead by: peers and controls are measured with the one that the CAE's get too.
+        self.smooth, self.smoothed = (
+            smooth,
+            set(self.methods) - set(modes) - set(KNOW_NOTHING) if full and smooth else set(),
+        )
         self.fills: tuple[Fill, ...] = get_args(Fill) if full else ("uniform",)
 
     def __call__(self, unit: Unit) -> pa.Table:
@@ -250,7 +255,7 @@ class MeasureWorker:
                     row["maps"].append({"method": name, "error": str(error).splitlines()[0]})
                 continue
             self._judge(name, heat, rows, tasks, seen, masks)
-            if self.full and self.smooth and name in self.fine:
+            if name in self.smoothed:
                 self._judge(name + SMOOTHED, blur(heat, self.smooth), rows, tasks, seen, masks)
 
         judged = [k for k, task in enumerate(tasks) if task["measured"]]

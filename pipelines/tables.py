@@ -30,9 +30,9 @@ LOCALISED = {
 
 
 def map_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per image and method, with its `id`, `split` and `group`; those without a map have an `error`."""
+    """One row per image and method, with its `id`, `split`, `group` and class `source`; without a map: an `error`."""
     return pd.DataFrame([
-        {"id": row.id, "split": row.split, "group": row.group, **entry}
+        {"id": row.id, "split": row.split, "group": row.group, "source": row.source, **entry}
         for row in rows.dropna(subset="maps").itertuples() for entry in row.maps
     ])  # fmt: skip
 
@@ -42,7 +42,7 @@ def curve_rows(maps: pd.DataFrame) -> pd.DataFrame:
     if maps.empty:
         return pd.DataFrame()
     return pd.DataFrame([
-        {"id": row.id, "split": row.split, "group": row.group, "method": row.method, **entry,
+        {"id": row.id, "split": row.split, "group": row.group, "source": row.source, "method": row.method, **entry,
          **{f"aopc_{form}": float(np.mean(entry[form])) for form in ("disjoint", "paper")}}
         for row in maps.dropna(subset="curves").itertuples() for entry in row.curves
     ])  # fmt: skip
@@ -111,7 +111,7 @@ def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) ->
 def over_fills(curves: pd.DataFrame) -> pd.DataFrame:
     """Mean AOPC of each image and method over the fills, one number since they disagree, where there are several."""
     several = curves[curves.groupby("split").fill.transform("nunique") > 1]
-    by, forms = ["split", "id", "group", "method"], ["aopc_disjoint", "aopc_paper"]
+    by, forms = ["split", "id", "group", "source", "method"], ["aopc_disjoint", "aopc_paper"]
     return several.groupby(by, sort=False)[forms].agg(lambda of: of.mean(skipna=False)).reset_index()
 
 
@@ -131,6 +131,21 @@ def modes_table(maps: pd.DataFrame) -> pd.DataFrame:
             out += (rows.rename(columns={"cae_minus_this": "mode_minus_this"})
                     .assign(split=split, fill=fill, mode=mode).query("method != mode").to_dict("records"))  # fmt: skip
     return pd.DataFrame(out, columns=columns)
+
+
+def classes_table(maps: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """AOPC over disjoint patches of every method, by split, fill and class of the image. A fill may be a step towards
+    one class and away from another, so a mean over images holds for their mix of classes only."""
+    curves = curve_rows(maps)
+    columns = ["split", "fill", "class_name", *COMPARED]
+    if curves.empty:
+        return pd.DataFrame(columns=columns)
+    curves = pd.concat([curves, over_fills(curves).assign(fill="all")])
+    return pd.DataFrame([
+        {"split": split, "fill": fill, "class_name": names[int(label)]} | row
+        for (split, fill, label), part in curves.groupby(["split", "fill", "source"], sort=False)
+        for row in compare(part, "aopc_disjoint")
+    ], columns=columns)  # fmt: skip
 
 
 def agreement_table(perturbation: pd.DataFrame) -> pd.DataFrame:
@@ -203,9 +218,9 @@ def separability_table(codes: pd.DataFrame, seed: int) -> pd.DataFrame:
     `class_code`."""
     out = []
     for split, part in codes.groupby("split"):
+        part = part.sample(min(len(part), SEPARATED), random_state=seed)
         counts = part.predicted.value_counts()
         part = part[part.predicted.isin(counts[counts > 1].index)]
-        part = part.sample(min(len(part), SEPARATED), random_state=seed)
         if part.predicted.nunique() > 1:
             found = metrics.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed)
             out.append({"split": split, "images": len(part)} | found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cae import classifiers, training
-from cae.config import ClassifierConfig, ModelConfig
+from cae.config import ClassifierConfig, LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
-from cae.networks import CAE
+from cae.networks import CAE, Discriminator
+from cae.peers.latent_shift import latent_shift
 from cae.sanity import rank_correlation
 from pipelines.cluster import place
 from pipelines.measure import methods
@@ -50,6 +52,40 @@ def test_networks_answer_in_float32_nearly_what_they_do_without_it(x: Tensor) ->
     for full, half in zip(*answers, strict=True):
         assert full.dtype == half.dtype == torch.float32
         assert 0 < (full - half).norm() < 0.05 * full.norm()
+
+
+def test_a_copy_asks_its_own_weights(x: Tensor) -> None:
+    blackbox, _ = networks(True)
+    other = copy.deepcopy(blackbox)
+    with torch.no_grad():
+        for part in other.parameters():
+            part.zero_()
+        assert (other(x) == 0).all() and (blackbox(x) != 0).any()
+        once = blackbox(x)
+        assert torch.equal(place(blackbox, "cpu", True)(x), once)  # placed again
+
+
+def test_the_generator_learns_from_the_classifiers_gradient_in_float32(x: Tensor) -> None:
+    blackbox, _ = networks(False)
+    _, cae = networks(False)
+    cae.requires_grad_(True)
+    seen = []
+    layer = blackbox.net.get_submodule("layer1")
+    layer.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    cae.decoder.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    discriminator = Discriminator(cae.config, 2)
+    config = TrainConfig(class_head="both", ema=0)
+    trainer = training.Trainer(cae, discriminator, config, LossWeights(), steps=2, blackbox=blackbox, bf16=True)
+    terms = trainer.step(x, torch.tensor([0, 1, 0, 1]))
+    assert torch.bfloat16 in seen and seen.count(torch.float32) == 1  # the classifier's, and nothing else
+    assert all(value.isfinite() for value in terms.values())
+
+
+def test_no_shift_in_latent_shift_is_no_difference(x: Tensor) -> None:
+    blackbox, cae = networks(True)
+    target = torch.tensor([0, 1, 0, 1])
+    assert (latent_shift(blackbox, x, target, cae=cae, step=0.0) == 0).all()
+    assert (latent_shift(blackbox, x, target, cae=cae) > 0).any()
 
 
 def test_maps_of_trained_networks_are_float32_and_nearly_the_same(finished: Path) -> None:

@@ -97,6 +97,37 @@ def test_other_modes_are_compared_with_every_method() -> None:
     assert tables.modes_table(tables.map_rows(rows())).empty
 
 
+def test_classes_are_told_apart() -> None:
+    mixed = rows()
+    mixed.loc[1, "source"] = 1
+    table = tables.classes_table(tables.map_rows(mixed), ("sick", "well")).set_index(["fill", "class_name", "method"])
+    assert set(table.split) == {"test"} and len(table) == 3 * (3 + 3)
+    for fill in ("uniform", "blur"):
+        values = {method: np.array(by_fill[fill]) for method, by_fill in VALUES.items()}
+        well, sick = table.loc[fill, "well", "random"], table.loc[fill, "sick", "random"]
+        assert (well.images, sick.images) == (1, 2) and np.isnan(well.low)  # one image has no interval
+        assert np.isclose(well.value, values["random"][1])
+        pair = [0, 2]
+        expected = metrics.paired_bootstrap(values["CAE"][pair], values["random"][pair])
+        np.testing.assert_allclose([sick.cae_minus_this, sick.low, sick.high], expected)
+        assert np.isclose(table.value[fill, "sick", "peer"], values["peer"][0])  # it failed on the other
+    both = (table.value["uniform", "well", "CAE"] + table.value["blur", "well", "CAE"]) / 2
+    assert np.isclose(table.value["all", "well", "CAE"], both)
+
+
+def test_a_class_that_sampling_leaves_one_code_of_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "SEPARATED", 60)
+    rng = np.random.default_rng(0)
+    predicted = np.array([0, 1] * 60 + [2] * 2)
+    codes = pd.DataFrame({"split": "test", "predicted": predicted})
+    codes["class_code"] = list(rng.normal(size=(len(codes), 4)) + predicted[:, None])
+    left = [codes.sample(60, random_state=seed).predicted.value_counts().get(2, 0) for seed in range(20)]
+    assert {0, 1} <= set(left)
+    for seed in (left.index(0), left.index(1)):
+        (row,) = tables.separability_table(codes, seed).itertuples()
+        assert row.images == 60 - left[seed] and row.forest_mean > 0.5
+
+
 def test_images_of_one_patient_are_drawn_together() -> None:
     alone = tables.perturbation_table(tables.map_rows(rows()), {})
     of_patients = rows().assign(group=["a", "a", "b", "c"])

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from test_training import TINY, TRAIN, toy_batch
+from torch import Tensor
 
+import cae.training
 from cae.images import to_array, to_tensor
 from cae.networks import CAE, Discriminator
 from cae.training import disturb, warm_up
@@ -40,6 +42,21 @@ def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest(bf16: boo
     assert gap > 3 * np.linalg.norm(codes[y == 0].std(0))
     for part, old in zip((p for m in (cae.individual_encoder, cae.decoder) for p in m.parameters()), rest, strict=True):
         assert torch.equal(part, old)
+
+
+def test_images_are_disturbed_alike_with_and_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    seen: list[Tensor] = []
+
+    def watched(x: Tensor, chance: torch.Generator) -> Tensor:
+        seen.append(disturb(x, chance))
+        return seen[-1]
+
+    monkeypatch.setattr(cae.training, "disturb", watched)
+    for bf16 in (False, True):
+        model = CAE(TINY)
+        warm_up(model, Discriminator(TINY, 2), images, np.repeat([0, 1], 4), replace(TRAIN, warm_up=1), 0, bf16=bf16)
+    assert torch.equal(*seen)
 
 
 def test_warm_up_mirrors_as_often_as_pairs_are() -> None:

@@ -72,7 +72,9 @@ def full_gradients(classifier: nn.Module, images: Tensor, target: Tensor) -> Ful
     finally:
         for hook in hooks:
             hook.remove()
-    zero = 2 * classifier.mean - 1 if isinstance(classifier, BlackBox) else 0.0  # the image that the network sees as 0
+    zero: Tensor | float = 0.0  # the image that the network sees as 0
+    if isinstance(classifier, BlackBox):
+        zero = 2 * (classifier.mean.flip(0) if classifier.channels == "BGR" else classifier.mean) - 1
     terms = FullGradients(logit.detach(), (images.detach() - zero) * gradient, gradients, [bias for _, bias in calls])
     flat = [term.flatten(1) for term in (terms.input, *terms.bias_terms())]
     total = torch.stack([term.sum(1, dtype=torch.float64) for term in flat]).sum(0)

@@ -23,12 +23,13 @@ def latent_shift(classifier: nn.Module, images: Tensor, target: Tensor, *, cae: 
         class_code, individual_code = cae.encode(images)
     class_code.requires_grad_()
     with torch.enable_grad():
-        reconstruction = cae.decode(class_code, individual_code)
-        logits = classifier(reconstruction).float()
+        logits = classifier(cae.decode(class_code, individual_code)).float()
         own = target[:, None]
         log_odds = logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
         (gradient,) = torch.autograd.grad(log_odds.sum(), class_code)  # (B, D)
     with torch.no_grad():
         square = gradient.square().sum(1, keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
-        shifted = cae.decode(class_code - step * gradient / square, individual_code)
+        # The reconstruction once more: under `--precision bfloat16` gradients, and what they are of, are in float32.
+        codes = torch.stack([class_code, class_code - step * gradient / square])
+        reconstruction, shifted = (cae.decode(code, individual_code) for code in codes)
         return (shifted - reconstruction).abs().mean(1)

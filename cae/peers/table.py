@@ -28,9 +28,6 @@ class Peer:
     """Classifier, images (B, 3, H, W), classes to explain (B,) -> maps (B, H, W)."""
     told: tuple[Fill, ...] = ()
     """Fills of the perturbation curves that the method fills its own queries with: an unfair advantage there."""
-    fine: bool = False
-    """Whether maps differ from pixel to pixel: measured once more after the blur that the CAE's maps get, which may be
-    all that one is ahead by."""
 
 
 def peers(cae: CAE | None = None) -> dict[str, Peer]:
@@ -41,17 +38,17 @@ def peers(cae: CAE | None = None) -> dict[str, Peer]:
     """
     found = {
         "Grad-CAM": Peer(grad_cam),
-        "FullGrad": Peer(full_grad, fine=True),
-        "Simple FullGrad": Peer(simple_full_grad, fine=True),
-        "Smooth FullGrad": Peer(lambda b, x, y: smooth_full_grad(b, x, y, samples=10), fine=True),
-        "integrated gradients": Peer(integrated_gradients, fine=True),
+        "FullGrad": Peer(full_grad),
+        "Simple FullGrad": Peer(simple_full_grad),
+        "Smooth FullGrad": Peer(lambda b, x, y: smooth_full_grad(b, x, y, samples=10)),
+        "integrated gradients": Peer(integrated_gradients),
         "integrated gradients, blur": Peer(
-            lambda b, x, y: integrated_gradients(b, x, y, baseline=blur(x, FILL_BLUR)), told=("blur",), fine=True
+            lambda b, x, y: integrated_gradients(b, x, y, baseline=blur(x, FILL_BLUR)), told=("blur",)
         ),
         "occlusion": Peer(occlusion),
         "LIME": Peer(lambda b, x, y: lime(b, x, y, samples=500)),
         "RISE": Peer(lambda b, x, y: rise(b, x, y, masks=1000)),
     }
     if cae is not None:
-        found["latent shift"] = Peer(lambda b, x, y: latent_shift(b, x, y, cae=cae), fine=True)
+        found["latent shift"] = Peer(lambda b, x, y: latent_shift(b, x, y, cae=cae))
     return found
