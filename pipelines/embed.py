@@ -63,7 +63,7 @@ def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
     rates = _counter_codes(run, options, codes[known], ids[known], np.array(table["predicted"])[known])
     worst = min(rates.values())
     return {
-        "says": f"{len(codes):,} codes; a class's counter code flips {worst:.0%} of training images or more",
+        "says": f"{len(codes):,} codes; a class's counter code flips at least {worst:.0%} of training images",
         "manifold/pca_variance_2": sum(projections.variance),
         **{f"manifold/counter_flips_{names[label]}": rate for label, rate in rates.items()},
     }

@@ -76,15 +76,14 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     # Frames of one file, and its copies, belong together where nothing else is known: they share the hash in their ids.
     rows["group"] = rows.id.map(known).fillna(rows.id.str.rsplit("#", n=1).str[-1])
     maps = tables.map_rows(rows)
+    told = {kind: peer.told for name, peer in peers().items() for kind in (name, name + SMOOTHED)}
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
     found = {
         "swap_success": tables.swap_table(rows, names),
         "counterfactuals": tables.counterfactual_table(rows),
         "separability": tables.separability_table(codes, options.seed),
-        "perturbation": tables.perturbation_table(
-            maps, {kind: peer.told for name, peer in peers().items() for kind in (name, name + SMOOTHED)}
-        ),
-        "perturbation_by_class": tables.classes_table(maps, names),
+        "perturbation": tables.perturbation_table(maps, told),
+        "perturbation_by_class": tables.classes_table(maps, names, told),
         "localisation": tables.localisation_table(maps),
         "grid": tables.grid_table(rows),
         "training": tables.training_table(run.state["stages"], tracking.read_history(run, "train")),
@@ -92,7 +91,8 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
         "measured": rows[rows.measured][["split", "id", "source"]],
     }
     if full:
-        found |= {"fill_agreement": tables.agreement_table(found["perturbation"]), "modes": tables.modes_table(maps),
+        found |= {"fill_agreement": tables.agreement_table(found["perturbation"]),
+                  "modes": tables.modes_table(maps, told),
                   "new_codes": tables.new_code_table(rows, names)}  # fmt: skip
         if plan.timed:
             timed = {name: how for name, how in common["modes"].items() if name != UNSMOOTHED}  # costs what CAE does

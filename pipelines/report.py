@@ -26,8 +26,8 @@ READ_ME = {
 MAP_SHOWS = {
     "integrated": "makes the same changes to the image itself and shows which of them move the classifier towards the "
     "target class, by its gradient",
-    "evidence": "makes the same changes to the image itself, greys windows of it and takes their texture away, and "
-    "shows what moves the classifier away from its class and towards the target class",
+    "evidence": "makes the same changes to the image itself, at once and a window at a time, greys windows of it and "
+    "takes their texture away, and shows what moves the classifier away from its class and towards the target class",
     "patch": "makes the same changes to the image itself, a window at a time, and undoes them again, and shows which "
     "of them move the classifier towards the target class",
     "path": "shows what changed, weighted by how much it raised the target's probability",
@@ -37,9 +37,9 @@ MAP_SHOWS = {
 
 
 FULL = (
-    " Fine-grained maps of peers are measured as they are and smoothed as CAE's are; modes path, contrast and input, "
-    "where CAE's own is another, not smoothed, as in the paper. Smooth FullGrad, LIME and RISE take 10, 500 and 1000 "
-    "samples, fewer than their authors."
+    " Maps of peers, and of controls that a blur changes, are measured as they are and smoothed as CAE's are; modes "
+    "path, contrast and input, where CAE's own is another, not smoothed, as in the paper. Smooth FullGrad, LIME and "
+    "RISE take 10, 500 and 1000 samples, fewer than their authors."
 )
 
 
@@ -122,9 +122,12 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             "does not beat the grey controls explains nothing. Differences are paired over images, with 95% bootstrap "
             "intervals; images of one patient, where that is known, are drawn together. A star: the method fills its "
             "own queries as the measure does, an unfair advantage. CAE's values tie more than they would: its maps are "
-            "read back in half precision." + (FULL if options.tables == "full" else ""),
+            "read back in half precision. A fill may be a step towards one class and away from another, so means hold "
+            "for this mix of classes; the mean of all fills is mostly that of the fill that does most."
+            + (FULL if options.tables == "full" else ""),
             shown("perturbation", "perturbation_blur", "perturbation_inpaint", "differences"),
             perturbation_tables(found["perturbation"])
+            + class_tables(found["perturbation_by_class"])
             + table("Whether the ranking of methods holds across fills", "fill_agreement")
             + localisation_tables(found["localisation"])
             + table("What is not measured, and why", "skipped"),
@@ -163,6 +166,17 @@ def perturbation_tables(perturbation: pd.DataFrame) -> list[Table]:
         caption = f"{split}: share of the image that the patches of either form cover, and of a map's values that tie"
         tables.append(_by_method(caption, of_split, columns))
     return [table for table in tables if table[2]]
+
+
+def class_tables(by_class: pd.DataFrame) -> list[Table]:
+    """AOPC over disjoint patches by the class of the image, to be read: one table for each split."""
+    return [
+        _by_method(f"{split}, disjoint patches by the image's class: Eq. 11",
+                   of_split.assign(form=of_split.class_name, measure="aopc"),
+                   {f"{name}, {fill}": (fill, name, "aopc")
+                    for name in sorted(of_split.class_name.unique()) for fill in of_split.fill.unique()})
+        for split, of_split in by_class.groupby("split", sort=False)
+    ]  # fmt: skip
 
 
 def localisation_tables(localisation: pd.DataFrame) -> list[Table]:

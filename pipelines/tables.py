@@ -2,7 +2,8 @@
 
 Every comparison of methods has the same columns: `images` and mean `value` of a method, and `cae_minus_this`, `low` and
 `high`, the mean of CAE's value minus this method's over the images that have both, with its 95% interval by a paired
-bootstrap of the images' `group`s: patients, say, where those are known.
+bootstrap of the images' `group`s: patients, say, where those are known. `told` marks a method's numbers under a fill
+that it fills its own queries with, as an argument of that name says: method -> those fills.
 """
 
 from __future__ import annotations
@@ -75,8 +76,6 @@ def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) ->
     """Table II: Eqs. 11 (`aopc`) and 12 (`pd`) of every method by split, form and fill; areas under the insertion and
     deletion curves, of which the latter is better small; how much of the image is covered, and how many values tie.
     Fill `all` is the mean of an image's AOPC over the fills.
-
-    `told` names for a method the fills that it was told of: its numbers there are marked.
     """
     curves = curve_rows(maps)
     columns = ["split", "fill", "form", "measure", *COMPARED, "told"]
@@ -101,7 +100,10 @@ def perturbation_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) ->
         for column, (measure, form) in columns_of.items():
             rows = compare(group, column, ours="")
             out += [{"split": split, "fill": "", "form": form, "measure": measure} | row for row in rows]
-    table = pd.DataFrame(out, columns=columns)
+    return _marked(pd.DataFrame(out, columns=columns), told)
+
+
+def _marked(table: pd.DataFrame, told: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     fills_told = [told.get(method, ()) for method in table.method]  # the mean of all holds those too
     return table.assign(
         told=[fill in own or (fill == "all" and bool(own)) for fill, own in zip(table.fill, fills_told, strict=True)]
@@ -115,11 +117,11 @@ def over_fills(curves: pd.DataFrame) -> pd.DataFrame:
     return several.groupby(by, sort=False)[forms].agg(lambda of: of.mean(skipna=False)).reset_index()
 
 
-def modes_table(maps: pd.DataFrame) -> pd.DataFrame:
+def modes_table(maps: pd.DataFrame, told: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """How the CAE's other modes do beside every method: AOPC over disjoint patches by split and fill, with the mean of
     the `mode`'s value minus the method's and its interval."""
     curves = curve_rows(maps)
-    columns = ["split", "fill", "mode", *COMPARED[:3], "mode_minus_this", *COMPARED[4:]]
+    columns = ["split", "fill", "mode", *COMPARED[:3], "mode_minus_this", *COMPARED[4:], "told"]
     if curves.empty:
         return pd.DataFrame(columns=columns)
     out: list[dict[str, Any]] = []
@@ -130,22 +132,22 @@ def modes_table(maps: pd.DataFrame) -> pd.DataFrame:
             rows = pd.DataFrame(compare(group, "aopc_disjoint", ours=mode), columns=COMPARED)
             out += (rows.rename(columns={"cae_minus_this": "mode_minus_this"})
                     .assign(split=split, fill=fill, mode=mode).query("method != mode").to_dict("records"))  # fmt: skip
-    return pd.DataFrame(out, columns=columns)
+    return _marked(pd.DataFrame(out, columns=columns), told)
 
 
-def classes_table(maps: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+def classes_table(maps: pd.DataFrame, names: Sequence[str], told: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """AOPC over disjoint patches of every method, by split, fill and class of the image. A fill may be a step towards
     one class and away from another, so a mean over images holds for their mix of classes only."""
     curves = curve_rows(maps)
-    columns = ["split", "fill", "class_name", *COMPARED]
+    columns = ["split", "fill", "class_name", *COMPARED, "told"]
     if curves.empty:
         return pd.DataFrame(columns=columns)
     curves = pd.concat([curves, over_fills(curves).assign(fill="all")])
-    return pd.DataFrame([
+    return _marked(pd.DataFrame([
         {"split": split, "fill": fill, "class_name": names[int(label)]} | row
         for (split, fill, label), part in curves.groupby(["split", "fill", "source"], sort=False)
         for row in compare(part, "aopc_disjoint")
-    ], columns=columns)  # fmt: skip
+    ], columns=columns), told)  # fmt: skip
 
 
 def agreement_table(perturbation: pd.DataFrame) -> pd.DataFrame:

@@ -81,7 +81,7 @@ def test_perturbation_is_means_peaks_and_paired_differences() -> None:
 def test_other_modes_are_compared_with_every_method() -> None:
     maps = tables.map_rows(rows())
     maps["method"] = maps.method.replace({"peer": "CAE patch"})
-    table = tables.modes_table(maps)
+    table = tables.modes_table(maps, {})
     assert set(table["mode"]) == {"CAE patch"} and set(table.fill) == {"uniform", "blur", "all"}
     found = table.set_index(["fill", "method"])
     assert set(table.method) == {"CAE", "random"} and len(found) == 6
@@ -94,13 +94,15 @@ def test_other_modes_are_compared_with_every_method() -> None:
             assert row.images == 3 and np.isclose(row.value, other.mean())
             interval = metrics.paired_bootstrap(ours, other[:2])
             np.testing.assert_allclose([row.mode_minus_this, row.low, row.high], interval)
-    assert tables.modes_table(tables.map_rows(rows())).empty
+    assert tables.modes_table(tables.map_rows(rows()), {}).empty
 
 
 def test_classes_are_told_apart() -> None:
     mixed = rows()
     mixed.loc[1, "source"] = 1
-    table = tables.classes_table(tables.map_rows(mixed), ("sick", "well")).set_index(["fill", "class_name", "method"])
+    table = tables.classes_table(tables.map_rows(mixed), ("sick", "well"), {"peer": ("blur",)}).set_index(
+        ["fill", "class_name", "method"]
+    )
     assert set(table.split) == {"test"} and len(table) == 3 * (3 + 3)
     for fill in ("uniform", "blur"):
         values = {method: np.array(by_fill[fill]) for method, by_fill in VALUES.items()}
@@ -111,6 +113,11 @@ def test_classes_are_told_apart() -> None:
         expected = metrics.paired_bootstrap(values["CAE"][pair], values["random"][pair])
         np.testing.assert_allclose([sick.cae_minus_this, sick.low, sick.high], expected)
         assert np.isclose(table.value[fill, "sick", "peer"], values["peer"][0])  # it failed on the other
+    assert set(table[table.told].index.droplevel("class_name")) == {("blur", "peer"), ("all", "peer")}
+    (shown,) = report.class_tables(table.reset_index())
+    assert shown[1][:3] == ["method", "sick, uniform", "CAE minus this"] and [row[0] for row in shown[2]] == [
+        "CAE", "peer", "random"
+    ]  # fmt: skip
     both = (table.value["uniform", "well", "CAE"] + table.value["blur", "well", "CAE"]) / 2
     assert np.isclose(table.value["all", "well", "CAE"], both)
 
