@@ -62,7 +62,8 @@ class ExplainOptions(EmbedOptions):
     the counterfactual, greyed, or lose their texture: 675 queries), `patch` (`integrated` with queries only: what each
     window of the counterfactual does to the classifier in the image, and one of the image in the counterfactual),
     `path` (the paper's: frame differences weighted by the rise of the target's probability), `contrast` (end against
-    reconstruction) or `input` (end against image). `auto`: `integrated`, or `patch` where the classifier has no gradient."""
+    reconstruction) or `input` (end against image). `auto`: `integrated`, or `patch` where the classifier has no
+    gradient."""
     window: float = 0.125
     """Side of the windows of modes `evidence` and `patch`, as a share of the image's; they stand half of it apart.
     0.125 takes 452 queries an image by `patch`, 0.25 takes 100."""
