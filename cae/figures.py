@@ -121,7 +121,10 @@ def path_strips(
 
 
 def maps_by_method(images: np.ndarray, maps: Mapping[str, np.ndarray], captions: Sequence[str]) -> Figure:
-    """Methods compared: a row an image, columns the image uint8 (N, H, W, 3) and each method's map (N, H, W) on it."""
+    """Methods compared: a row an image, columns the image uint8 (N, H, W, 3) and each method's map (N, H, W) on it.
+
+    Where a map is NaN the method has none of that image.
+    """
     count = _same_shape({"images": images}, captions)
     for name, values in maps.items():
         if values.shape != images.shape[:3]:
@@ -131,7 +134,11 @@ def maps_by_method(images: np.ndarray, maps: Mapping[str, np.ndarray], captions:
         _row_label(line[0], wrap(captions[row], 22))
         _show(line[0], images[row])
         for ax, values in zip(line[2:], maps.values(), strict=True):
-            ax.imshow(overlay(images[row], values[row]))
+            if np.isnan(values[row]).any():
+                _show(ax, np.full_like(images[row], 255))
+                ax.text(0.5, 0.5, "no map", ha="center", va="center", fontsize=8.5, color=MUTED, transform=ax.transAxes)
+            else:
+                ax.imshow(overlay(images[row], values[row]))
     _heading(axes[0, 0], "image")
     for ax, name in zip(axes[0, 2:], maps, strict=True):
         _heading(ax, wrap(name, _column(len(maps) + 1)), weight="bold" if name.startswith("CAE") else "normal")

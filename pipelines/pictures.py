@@ -141,10 +141,13 @@ def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: 
     }  # fmt: skip
     if len(kept):
         shown = kept[~kept.method.isin(CONTROLS) & ~kept.method.str.endswith(SMOOTHED)]
-        table = shown.pivot(index="id", columns="method", values="map").reindex(sample.id).dropna(axis=1)
+        table = shown.pivot(index="id", columns="method", values="map").reindex(sample.id)
         by_method = {
-            method: np.stack([np.asarray(heat, np.float32).reshape(size, size) for heat in table[method]])
-            for method in shown.method.unique() if method in table
+            method: np.stack([
+                np.full((size, size), np.nan) if np.isscalar(heat) else np.asarray(heat, np.float32).reshape(size, size)
+                for heat in table[method]
+            ])
+            for method in shown.method.unique()
         }  # fmt: skip
         pictures["maps"] = (
             f"Maps by every method, over their images, each in its own scale. CAE's mode is {options.mode}.",

@@ -176,6 +176,9 @@ def test_maps_by_method_lays_each_map_on_its_image() -> None:
     np.testing.assert_array_equal(drawn[0], images[0])
     np.testing.assert_array_equal(drawn[5], figures.overlay(images[1], maps["LIME"][1]))
     assert [ax.get_title() for ax in fig.axes if ax.get_title()] == ["image", "CAE path", "LIME"]
+    maps["LIME"][1] = np.nan  # it has none of the second image
+    fig = figures.maps_by_method(images, maps, ["first", "second"])
+    assert (shown(fig)[5] == 255).all() and [text.get_text() for text in fig.axes[-1].texts] == ["no map"]
     with pytest.raises(ValueError, match="LIME"):
         figures.maps_by_method(images, {"LIME": maps["LIME"][:1]}, ["first", "second"])
 
