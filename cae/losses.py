@@ -104,11 +104,7 @@ class GeneratorObjective(nn.Module):
         there_and_back = self.cae.decode(c, s_swap)
         judged = torch.cat([swap, reconstruction]) if w.keep else swap
         logits = discriminator(judged if blackbox is None else swap)  # (2B or 4B, 2 + C)
-        if blackbox is None:
-            class_logits = logits[:, 2:]
-        else:  # in bfloat16 its gradient to the images would be off by a fifth
-            with torch.autocast(x.device.type, enabled=False):
-                class_logits = blackbox(judged.to(x.dtype))
+        class_logits = logits[:, 2:] if blackbox is None else blackbox(judged)
         n = len(x)
         terms = {
             "recon_x": recon_x(reconstruction, x),

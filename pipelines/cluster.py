@@ -118,7 +118,7 @@ def place(module: ModuleT, device: torch.device | str, bf16: bool = False) -> Mo
     """The module on a device, its convolutions in the memory order that is the faster one there.
 
     With `bf16` its parts answer in bfloat16 under autocast; what they take and give is float32. Where gradients are
-    asked for they stay in float32: those to the pixels would be off by a fifth.
+    asked for they stay in float32: those to the pixels, which maps are made of, would be off by a seventh.
     """
     config = getattr(module, "config", None)
     order = memory_format(config, torch.device(device)) if isinstance(config, ModelConfig) else torch.channels_last
