@@ -54,8 +54,8 @@ class RunOptions:
     start first, as many as `--workers` says."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic inside the networks. `auto`: bfloat16 in trainings on GPUs, float32 in all else. `bfloat16`: in all
-    stages, but for the gradients that maps are made of; faster on GPUs and on CPUs with AMX (others emulate it), and probabilities
-    move by up to 0.01."""
+    stages, but for the gradients that maps are made of; faster on GPUs and on CPUs with AMX (others emulate it), and
+    probabilities move by up to 0.01."""
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
