@@ -169,13 +169,11 @@ def perturbation_tables(perturbation: pd.DataFrame) -> list[Table]:
 
 
 def class_tables(by_class: pd.DataFrame) -> list[Table]:
-    """AOPC over disjoint patches by the class of the image, to be read: one table for each split."""
+    """AOPC over disjoint patches by the class of the image, to be read: one table for each split and class."""
     return [
-        _by_method(f"{split}, disjoint patches by the image's class: Eq. 11",
-                   of_split.assign(form=of_split.class_name, measure="aopc"),
-                   {f"{name}, {fill}": (fill, name, "aopc")
-                    for name in sorted(of_split.class_name.unique()) for fill in of_split.fill.unique()})
-        for split, of_split in by_class.groupby("split", sort=False)
+        _by_method(f"{split}, images of {name}, disjoint patches: Eq. 11", part.assign(form="disjoint", measure="aopc"),
+                   {f"AOPC, {fill}": (fill, "disjoint", "aopc") for fill in part.fill.unique()})
+        for (split, name), part in by_class.groupby(["split", "class_name"], sort=False)
     ]  # fmt: skip
 
 

@@ -114,10 +114,13 @@ def test_classes_are_told_apart() -> None:
         np.testing.assert_allclose([sick.cae_minus_this, sick.low, sick.high], expected)
         assert np.isclose(table.value[fill, "sick", "peer"], values["peer"][0])  # it failed on the other
     assert set(table[table.told].index.droplevel("class_name")) == {("blur", "peer"), ("all", "peer")}
-    (shown,) = report.class_tables(table.reset_index())
-    assert shown[1][:3] == ["method", "sick, uniform", "CAE minus this"] and [row[0] for row in shown[2]] == [
-        "CAE", "peer", "random"
-    ]  # fmt: skip
+    shown = {caption: (header, [row[0] for row in body]) for caption, header, body in
+             report.class_tables(table.reset_index())}  # fmt: skip
+    sick, well = "test, images of sick, disjoint patches: Eq. 11", "test, images of well, disjoint patches: Eq. 11"
+    assert set(shown) == {f"{sick}; 2 images", f"{well}; 1 images"}  # each with its own number
+    header, methods = shown[f"{sick}; 2 images"]
+    assert header[:3] == ["method", "AOPC, uniform", "CAE minus this"] and methods == ["CAE", "peer", "random"]
+    assert shown[f"{well}; 1 images"][0] == ["method", "AOPC, uniform", "AOPC, blur", "AOPC, all"]  # no interval of one
     both = (table.value["uniform", "well", "CAE"] + table.value["blur", "well", "CAE"]) / 2
     assert np.isclose(table.value["all", "well", "CAE"], both)
 
