@@ -42,7 +42,7 @@ BARE = Path(__file__).with_name("scale_bare_loop.csv")
 FULL = Path(__file__).parents[1] / "pipelines" / "full.py"
 TINY = [
     "--image-size", "32", "--width", "16", "--blocks", "1", "--disc-width", "8", "--pairs", "200", "--epochs", "0",
-    "--batch", "4", "--warm-up", "50", "--recon-warm-up", "20", "--resnet.epochs", "1",
+    "--batch", "4", "--warm-up", "50", "--recon-warm-up", "20", "--resnet.epochs", "1", "--resnet.min-steps", "0",
     "--overlays", "0", "--splits", "train", "val", "test",
 ]  # fmt: skip
 MEASURED = ("shard", "embed", "explain")

@@ -130,7 +130,9 @@ class ClassifierConfig:
     stem: Literal["imagenet", "small"] = "imagenet"
     """`imagenet`: 7x7 stride 2 and max pooling (torchvision's); `small`: 3x3 stride 2, for small images."""
     epochs: int = 20
-    """Passes over the training images."""
+    """Passes over the training images; more of few images, where `min_steps` says so."""
+    min_steps: int = 0
+    """Steps at least, in whole passes: few images need more of those."""
     batch: int = 64
     """Images per step, over all workers."""
     lr: float = 2e-3
@@ -162,7 +164,7 @@ PRESETS: dict[Preset, PresetConfig] = {
             pairs=100_000, epochs=20.0, batch=8, lr=5e-4, disc_lr=1e-4, class_lr=2e-5, lr_halvings=4, ema=0.999,
             warm_up=2000, recon_warm_up=1000, class_head="auto",
         ),
-        ClassifierConfig(arch="resnet18", epochs=10),
+        ClassifierConfig(arch="resnet18", epochs=10, min_steps=800),
         LossWeights(recon_x=30.0, keep=1.0),
     ),
     # Two CPU cores, minutes.
@@ -176,7 +178,7 @@ PRESETS: dict[Preset, PresetConfig] = {
             pairs=14_000, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-5, lr_halvings=3, ema=0.995,
             warm_up=2400, recon_warm_up=600, class_head="auto",
         ),
-        ClassifierConfig(arch="resnet18", stem="small", epochs=6, batch=32),
+        ClassifierConfig(arch="resnet18", stem="small", epochs=6, min_steps=800, batch=32),
         LossWeights(recon_x=30.0, keep=1.0),
     ),
 }  # fmt: skip

@@ -5,6 +5,7 @@ Writes `classifier/` (unless the user's own is used), `predictions/…parquet` a
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -40,6 +41,8 @@ from pipelines.command_line import command
 from pipelines.mistakes import UserError
 from pipelines.run import Run
 from pipelines.shard import ShardOptions, read_index
+
+KEPT = 50  # steps, at least, from one checkpoint of the classifier to the next
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,9 @@ def _train_loop(config: dict[str, Any]) -> None:
     weight = (1 / torch.bincount(labels, minlength=len(config["names"])).clamp(1).float()).to(device)
     steps_per_epoch = max(1, len(labels) // options.batch)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
-    total = options.epochs * steps_per_epoch
+    epochs = max(options.epochs, math.ceil(options.min_steps / steps_per_epoch))
+    total = epochs * steps_per_epoch
+    pause = math.ceil(KEPT / steps_per_epoch)  # epochs of few steps are told of, and kept, several at a time
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total)
     first = 0
     state = last_checkpoint(device)
@@ -159,7 +164,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     begun = time.time()
     model.train()
     with tracking.join(config["tracking"], rank):
-        for epoch in range(first, options.epochs):
+        for epoch in range(first, epochs):
             rng = torch.Generator().manual_seed(config["seed"] + epoch)
             order = torch.randperm(len(labels), generator=rng)
             losses = []
@@ -174,10 +179,12 @@ def _train_loop(config: dict[str, Any]) -> None:
                 schedule.step()
                 losses.append(loss.detach())
             tracking.log_metrics({"classifier/loss": float(torch.stack(losses).mean())}, step=epoch + 1)
-            left = (time.time() - begun) / (epoch + 1 - first) * (options.epochs - 1 - epoch) / 60
+            if (epoch + 1) % pause and epoch + 1 < epochs:
+                continue
+            left = (time.time() - begun) / (epoch + 1 - first) * (epochs - 1 - epoch) / 60
             if rank == 0:
                 rate = (epoch + 1 - first) * steps_per_epoch * options.batch / (time.time() - begun)
-                print(f"classify  epoch {epoch + 1}/{options.epochs}  {rate:.0f} images/s  {left:.1f} min left")
+                print(f"classify  epoch {epoch + 1}/{epochs}  {rate:.0f} images/s  {left:.1f} min left")
             kept = {"model": blackbox.state_dict(), "optimizer": optimizer.state_dict(),
                     "schedule": schedule.state_dict(), "epoch": epoch}  # fmt: skip
             report(kept if rank == 0 else None)

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 # Small enough for a minute, large enough that a classifier learns it.
 TINY = [
     "--image-size", "32", "--width", "16", "--blocks", "1", "--disc-width", "8", "--pairs", "48", "--epochs", "0",
-    "--batch", "4", "--warm-up", "20", "--recon-warm-up", "20", "--resnet.epochs", "6", "--resnet.batch", "8",
+    "--batch", "4", "--warm-up", "20", "--recon-warm-up", "20",
+    "--resnet.epochs", "6", "--resnet.min-steps", "0", "--resnet.batch", "8",
     "--evaluated", "6", "--draws", "2", "--overlays", "3",
 ]  # fmt: skip
 BAD = {

@@ -306,14 +306,19 @@ def test_targets_that_are_no_class_are_refused_before_the_training_and_forgotten
     finished: Path, tmp_path: Path
 ) -> None:
     folder, given = tmp_path / "run", ["--targets", "nobody", "--stages", "shard", "classify", "train", "explain"]
-    begin = ["--dataset", state(finished)["stages"]["shard"]["result"]["source"], *TINY, "--resnet.epochs", "1"]
+    shards = state(finished)["stages"]["shard"]["result"]
+    enough = str(2 * (shards["counts"]["train"] // 8) + 1)  # steps, which take a third pass
+    begin = ["--dataset", shards["source"], *TINY, "--resnet.epochs", "1", "--resnet.min-steps", enough]
     for words in ([*begin, *given], given):  # by classify, then by the stages that are done
         wrong = command("full.py", "--run", str(folder), *words)
         assert wrong.returncode and "--targets nobody: choose runner-up, all, or one of plain, spot" in wrong.stderr
         found = state(folder)
         assert set(found["stages"]) == {"shard", "classify"} and "targets" not in found["options"]
-    whole = mlflow.MlflowClient(found["tracking_uri"]).get_run(found["mlflow_run_id"]).data.params
+    client = mlflow.MlflowClient(found["tracking_uri"])
+    whole = client.get_run(found["mlflow_run_id"]).data.params
     assert "targets" not in whole and whole["image_size"] == "32" and whole["resnet.epochs"] == "1"
+    losses = client.get_metric_history(found["stages"]["classify"]["mlflow_run_id"], "classifier/loss")
+    assert sorted(loss.step for loss in losses) == [1, 2, 3]
 
 
 def test_units_of_evaluate_are_cut_by_what_is_measured() -> None:
