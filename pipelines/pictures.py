@@ -70,7 +70,8 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         pictures["perturbation" if fill == "uniform" else f"perturbation_{fill}"] = (
             f"Mean fall of the probability of the predicted class over {group.id.nunique()} images of {headline}, by "
             f"the share of the image destroyed in disjoint 7x7 patches, filled with {FILLS[str(fill)]}; of a "
-            "peer's maps as they are and smoothed, those that do better.",
+            "peer's maps as they are and smoothed, those that do better. AOPC in the tables is the mean over the first "
+            f"{len(group.disjoint.iloc[0])} patches.",
             plots.perturbation_curves(means, covered),
         )
     aopc = found["perturbation"].query("split == @headline and measure == 'aopc' and form == 'disjoint'")
