@@ -25,7 +25,7 @@ import ray
 import torch
 
 from cae.images import Fit, UnreadableImage, decode
-from pipelines.cluster import cores, gpus_of, threads_for
+from pipelines.cluster import cores, gpus_of, pace, threads_for
 from pipelines.mistakes import UserError
 from pipelines.run import Run, RunOptions
 
@@ -112,7 +112,7 @@ def bulk(
             told = time.time()
             rate = seen / (told - begun)
             left = (rows - seen) / rate / 60
-            print(f"{stage:9} {seen:,}/{rows:,} images  {rate:.1f}/s  {left:.1f} min left", flush=True)
+            print(f"{stage:9} {seen:,}/{rows:,} images  {pace(rate)}  {left:.1f} min left", flush=True)
 
 
 def listing(units: list[Unit], version: str) -> str:

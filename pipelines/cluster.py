@@ -188,6 +188,11 @@ def report(state: dict[str, Any] | None, measures: dict[str, float] | None = Non
         ray.train.report(measures or {}, checkpoint=Checkpoint.from_directory(folder) if state is not None else None)
 
 
+def pace(rate: float) -> str:
+    """A rate a second as people read it, slow ones by the minute: 12.3/s, 5.6/min."""
+    return f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
+
+
 def last_checkpoint(device: torch.device) -> dict[str, Any] | None:
     """The state that `report` kept last in this run folder, if any."""
     checkpoint = ray.train.get_checkpoint()

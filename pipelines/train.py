@@ -29,7 +29,7 @@ from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import read_images, read_table
 from pipelines.classify import ClassifyOptions
-from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, train_workers
+from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, pace, place, report, train_workers
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
 from pipelines.run import Run
@@ -195,7 +195,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 if time.time() - told > 15 or finished:
                     told = time.time()
                     told_terms = f"recon_x {means['train/recon_x']:.3f}  cla1 {means['train/cla1']:.2f}"
-                    progress = f"{seen:,}/{len(pairs.index):,} pairs  {rate:.1f}/s  {left:.1f} min left"
+                    progress = f"{seen:,}/{len(pairs.index):,} pairs  {pace(rate)}  {left:.1f} min left"
                     print(f"{label} {progress}  {told_terms}", flush=True)
                 sums.clear()
                 since = 0
@@ -222,7 +222,7 @@ def warm_up_teller(label: str) -> training.Tell:
         elif now - told > 15:
             told = now
             rate = (step - 1) / (now - began)
-            progress = f"{step:,}/{steps:,} steps  {rate:.1f}/s  {(steps - step) / rate / 60:.1f} min left"
+            progress = f"{step:,}/{steps:,} steps  {pace(rate)}  {(steps - step) / rate / 60:.1f} min left"
             print(f"{label} warming up, {what}  {progress}", flush=True)
 
     return tell

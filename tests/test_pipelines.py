@@ -27,6 +27,7 @@ from cae.metrics import Fill
 from cae.networks import from_authors
 from cae.peers.table import peers
 from pipelines.bulk import listing, read_images, shard_units
+from pipelines.cluster import pace
 from pipelines.evaluate import NEW_CODES, _cut
 from pipelines.explain import ExplainOptions
 from pipelines.maps import ExplainWorker
@@ -319,6 +320,11 @@ def test_targets_that_are_no_class_are_refused_before_the_training_and_forgotten
     assert "targets" not in whole and whole["image_size"] == "32" and whole["resnet.epochs"] == "1"
     losses = client.get_metric_history(found["stages"]["classify"]["mlflow_run_id"], "classifier/loss")
     assert sorted(loss.step for loss in losses) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("rate", "read"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.0941, "5.6/min")])
+def test_slow_rates_are_told_by_the_minute(rate: float, read: str) -> None:
+    assert pace(rate) == read
 
 
 def test_units_of_evaluate_are_cut_by_what_is_measured() -> None:
