@@ -105,7 +105,8 @@ class TrainConfig:
     lr_halvings: int = 10
     """The learning rate halves this many times over the run, at even distances."""
     ema: float = 0.0
-    """Decay per step of the averaged generator weights that are kept for use; 0: the last weights, as the authors."""
+    """Decay per step of the averaged generator weights that are kept for use, (1 + n) / (10 + n) at most in step n; 0:
+    the last weights, as the authors."""
     flip: float = 0.5
     """Probability that an image is mirrored left to right; 0 where sides matter. (The built-in classifier is always
     trained on mirrored images too.)"""
@@ -130,7 +131,7 @@ class ClassifierConfig:
     stem: Literal["imagenet", "small"] = "imagenet"
     """`imagenet`: 7x7 stride 2 and max pooling (torchvision's); `small`: 3x3 stride 2, for small images."""
     epochs: int = 20
-    """Passes over the training images; more of few images, where `min_steps` says so."""
+    """Passes over the training images, in whole steps; more of few images, where `min_steps` says so."""
     min_steps: int = 0
     """Steps at least, in whole passes: few images need more of those."""
     batch: int = 64

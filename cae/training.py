@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from cae.checkpoint import read_model, save_model
 from cae.config import LossWeights, ModelConfig, TrainConfig
@@ -130,8 +130,13 @@ class Trainer:
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (config.lr_halvings * step // steps))
             for optimizer in self.optimizers
         ]
-        self.average = AveragedModel(cae, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        self.average = AveragedModel(cae, multi_avg_fn=self._average) if config.ema else None
         self.step_count = 0
+
+    def _average(self, kept: Any, new: Any, _: Any) -> None:
+        """Move averaged weights towards new ones, early on faster: a short training must not stay at its start."""
+        decay = min(self.config.ema, (1 + self.step_count) / (10 + self.step_count))
+        torch._foreach_lerp_(kept, new, 1 - decay)
 
     @property
     def best(self) -> CAE:

@@ -191,12 +191,12 @@ def test_adam_is_set_as_configured() -> None:
 
 
 def test_best_is_the_running_average_of_the_weights() -> None:
-    trainer = make_trainer(replace(TRAIN, ema=0.7))
+    trainer = make_trainer(replace(TRAIN, ema=0.2))
     slow: list[Tensor] = []
-    for i in range(4):
+    for i, decay in enumerate((0.1, 2 / 11, 0.2, 0.2)):  # (1 + i) / (10 + i), until that is more than 0.2
         trainer.step(*toy_batch(i))
         now = [p.detach().clone() for p in trainer.cae.parameters()]
-        slow = [0.7 * a + 0.3 * b for a, b in zip(slow, now, strict=True)] if slow else now
+        slow = [decay * a + (1 - decay) * b for a, b in zip(slow, now, strict=True)] if slow else now
     for ours, expected in zip(trainer.best.parameters(), slow, strict=True):
         torch.testing.assert_close(ours, expected)
     assert trainer.best is not trainer.cae
