@@ -36,7 +36,7 @@ from pipelines.bulk import (
     shard_units,
     split_of,
 )
-from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, place, report, where
+from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, pace, place, report, where
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
 from pipelines.run import Run
@@ -139,7 +139,7 @@ def _train(run: Run, options: ClassifyOptions, names: tuple[str, ...]) -> None:
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    rank, world, device = enter_loop(config["threads"])
+    rank, world, device = enter_loop(config)
     options = ClassifierConfig(**config["config"])
     images = read_images(Run(config["folder"]), config["ids"], config["size"], config["fit"])
     labels = torch.tensor(config["labels"])
@@ -147,7 +147,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     blackbox = place(classifiers.build(options, config["names"]), device)
     model = prepare_model(blackbox, move_to_device=False)
     # Class balance: each class weighs the same, whatever its count.
-    weight = (1 / torch.bincount(labels, minlength=len(config["names"])).clamp(1).float()).to(device)
+    counts = torch.bincount(labels, minlength=len(config["names"]))
+    weight = (len(labels) / (counts.count_nonzero() * counts.clamp(1))).to(device)
     steps_per_epoch = max(1, len(labels) // options.batch)
     optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
     epochs = max(options.epochs, math.ceil(options.min_steps / steps_per_epoch))
@@ -167,12 +168,13 @@ def _train_loop(config: dict[str, Any]) -> None:
         for epoch in range(first, epochs):
             rng = torch.Generator().manual_seed(config["seed"] + epoch)
             order = torch.randperm(len(labels), generator=rng)
+            rng.manual_seed(rng.initial_seed() + 10_000 * (rank + 1))  # each worker disturbs its images in its own way
             losses = []
             for step in range(steps_per_epoch):
                 chosen = order[step * options.batch : (step + 1) * options.batch][rank::world]
                 x = classifiers.augment(to_tensor(images[chosen.numpy()], device), rng)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
-                    loss = F.cross_entropy(model(x), labels[chosen].to(device), weight)
+                    loss = F.cross_entropy(model(x), labels[chosen].to(device), weight, reduction="sum") / len(x)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -183,8 +185,8 @@ def _train_loop(config: dict[str, Any]) -> None:
                 continue
             left = (time.time() - begun) / (epoch + 1 - first) * (epochs - 1 - epoch) / 60
             if rank == 0:
-                rate = (epoch + 1 - first) * steps_per_epoch * options.batch / (time.time() - begun)
-                print(f"classify  epoch {epoch + 1}/{epochs}  {rate:.0f} images/s  {left:.1f} min left")
+                rate = (epoch + 1 - first) * min(steps_per_epoch * options.batch, len(labels)) / (time.time() - begun)
+                print(f"classify  epoch {epoch + 1}/{epochs}  images {pace(rate)}  {left:.1f} min left", flush=True)
             kept = {"model": blackbox.state_dict(), "optimizer": optimizer.state_dict(),
                     "schedule": schedule.state_dict(), "epoch": epoch}  # fmt: skip
             report(kept if rank == 0 else None)

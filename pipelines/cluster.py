@@ -155,7 +155,7 @@ def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, An
         | {
             "threads": threads_for(options, workers),
             "tracking": tracking.of_stage(),
-            "bf16": options.precision == "bfloat16" or (options.precision == "auto" and gpus > 0),
+            "precision": options.precision,
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -172,12 +172,17 @@ def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, An
     return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
-def enter_loop(threads: int) -> tuple[int, int, torch.device]:
-    """Called first in a training loop: this worker's rank, the number of workers, and its device."""
+def enter_loop(config: dict[str, Any]) -> tuple[int, int, torch.device]:
+    """Called first in a training loop: this worker's rank, the number of workers, and its device.
+
+    Sets `config["bf16"]`, whether to compute in bfloat16: by default on GPUs that have it in hardware.
+    """
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every checkpoint
-    torch.set_num_threads(threads)
-    context = ray.train.get_context()
-    return context.get_world_rank(), context.get_world_size(), get_device()
+    torch.set_num_threads(config["threads"])
+    context, device = ray.train.get_context(), get_device()
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    config["bf16"] = config["precision"] == "bfloat16" or (config["precision"] == "auto" and has_it)
+    return context.get_world_rank(), context.get_world_size(), device
 
 
 def report(state: dict[str, Any] | None, measures: dict[str, float] | None = None) -> None:
