@@ -53,9 +53,9 @@ class RunOptions:
     """Where to compute. `auto` takes the GPUs that the cluster has; `cuda` waits for those that an autoscaler must
     start first, as many as `--workers` says."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic inside the networks. `auto`: bfloat16 in trainings on GPUs, float32 in all else. `bfloat16`: in all
-    stages, but for the gradients that maps are made of; faster on GPUs and on CPUs with AMX (others emulate it), and
-    probabilities move by up to 0.01."""
+    """Arithmetic inside the networks. `auto`: bfloat16 in trainings on GPUs that have it, float32 in all else.
+    `bfloat16`: in all stages, but for the gradients that maps are made of; faster on GPUs and on CPUs with AMX (others
+    emulate it), and probabilities move by up to 0.01."""
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
@@ -224,12 +224,15 @@ def refuse_unfinished(run: Run, options: RunOptions, needs: tuple[str, ...]) -> 
 
 
 def _start_over(run: Run, name: str) -> None:
-    """Forget a stage and those after it, and drop what they made."""
-    for stage in list(WRITES)[list(WRITES).index(name) :]:
-        if run.state["stages"].pop(stage, None) is None:
-            continue
-        run.save()
-        _drop(run, stage)
+    """Forget a stage and those after it, and drop what they made, the last one first: killed on the way, what is left
+    still has its stage, so the next call drops it too."""
+    for stage in reversed(list(WRITES)[list(WRITES).index(name) :]):
+        if stage in run.state["stages"]:
+            run.state["stages"][stage] = {"options": {}}
+            run.save()
+            _drop(run, stage)
+            del run.state["stages"][stage]
+            run.save()
 
 
 def _drop(run: Run, stage: str) -> None:
