@@ -35,7 +35,7 @@ class Explanation:
     """What `explain` returns for B images, one target each."""
 
     status: list[str]
-    """`flipped`: b gives the target class at the end of the path; `unflipped`: it never does, the map is of the whole
+    """`flipped`: b gives the target class at the end of the path; `unflipped`: it does not, the map is of the whole
     path; `reconstruction_flipped`: b sees another class in the reconstruction already, so the path explains little;
     `failed`: values that are not finite."""
     map: Tensor

@@ -23,7 +23,8 @@ from pipelines.run import Run, RunOptions, flat
 FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
 # Least values of options that no other part looks at before hours of work.
 LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draws": 1, "evaluated": 0, "overlays": 0,
-         "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1}  # fmt: skip
+         "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1,
+         "class_dim": 2, "resnet.batch": 1}  # fmt: skip
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -67,7 +68,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     table = flat(options)
     for name, least in LEAST.items():
         if table.get(name, least) < least:
-            raise UserError(f"--{name} is {table[name]}: it must be {least} at least")
+            raise UserError(f"--{name.replace('_', '-')} is {table[name]}: it must be {least} at least")
     size = table.get("image_size", 32)
     if size % 4 or size < 32:
         raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")

@@ -31,6 +31,7 @@ from pipelines.bulk import (
 )
 from pipelines.cluster import connect, place, where
 from pipelines.command_line import command
+from pipelines.mistakes import UserError
 from pipelines.run import Run
 from pipelines.train import TrainOptions
 
@@ -48,9 +49,15 @@ def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
     connect()
     chosen = run.result("classify")
     size, names = options.model.image_size, tuple(chosen["classes"])
+    seen = read_table(run, "predictions", ["split", "predicted"]).to_pandas().query("split == 'train'").predicted
+    if seen.nunique() < 2:
+        raise UserError(
+            f"the classifier gives the {len(seen)} training images {seen.nunique()} classes: paths lead from one class "
+            "to another, so it takes two"
+        )
     bulk(run, options, "embed", shard_units(run), EmbedWorker, "codes",
          spec=chosen["spec"], names=names, size=size, fit=options.fit, **where(options))  # fmt: skip
-    table = read_table(run, "codes")
+    table = read_table(run, "codes", ["id", "split", "predicted", "class_code"])
     codes = matrix(table["class_code"])
     ids, splits = np.array(table["id"].to_pylist()), np.array(table["split"].to_pylist())
     known = splits == "train"
@@ -81,11 +88,14 @@ def _counter_codes(
     chosen = run.result("classify")
     blackbox, cae = classifiers.load(chosen["spec"], tuple(chosen["classes"])), training.load(run.path("cae"))
     rng = np.random.default_rng(options.seed)
+    medoids = manifold.medoids(codes, predicted, CANDIDATES)
+    tried = {label: rng.permutation(np.flatnonzero(predicted != label))[:TRIED_ON] for label in medoids}
+    used = np.unique(np.concatenate(list(tried.values())))
+    images = read_images(run, ids[used], options.model.image_size, options.fit)  # at once: it opens every shard
     rows, rates = [], {}
-    for label, candidates in manifold.medoids(codes, predicted, CANDIDATES).items():
-        others = rng.permutation(np.flatnonzero(predicted != label))[:TRIED_ON]
-        images = read_images(run, ids[others], options.model.image_size, options.fit)
-        individual = cae.encode(to_tensor(images))[1]
+    for label, candidates in medoids.items():
+        others = tried[label]
+        individual = cae.encode(to_tensor(images[np.searchsorted(used, others)]))[1]
         shares = []
         for candidate in candidates:
             code = torch.from_numpy(codes[int(candidate)]).expand(len(others), -1)

@@ -59,7 +59,7 @@ class ExplainOptions(EmbedOptions):
     mode: Mode | Literal["auto"] = "auto"
     """How a path becomes a map: `integrated` (what changes from the image to its counterfactual, weighted by the
     classifier's gradient), `evidence` (that, and what the classifier says where windows of the image are replaced by
-    the counterfactual, greyed, or lose their texture: 675 queries), `patch` (`integrated` with queries only: what each
+    the counterfactual, greyed, or lose their texture: 678 queries), `patch` (`integrated` with queries only: what each
     window of the counterfactual does to the classifier in the image, and one of the image in the counterfactual),
     `path` (the paper's: frame differences weighted by the rise of the target's probability), `contrast` (end against
     reconstruction) or `input` (end against image). `auto`: `integrated`, or `patch` where the classifier has no
@@ -176,15 +176,21 @@ def _share_overlays(units: list[Unit], overlays: int) -> None:
 
 def _refuse_other(run: Run, model: Run, archive: str) -> None:
     """Raise UserError when the folder has explanations of an archive, or by a model, that has changed since."""
-    with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
-        found = hashlib.sha256(archive.encode() + file.read()).hexdigest()
+    cae = _fingerprint(model)
+    found = hashlib.sha256((archive + cae).encode()).hexdigest()
     if run.state.get("listing") != found and list_parts(run, "explanations"):
         raise UserError(
             f"{run.folder} holds explanations of another archive or model, or it has changed since, or they were begun "
             "by an earlier version: choose another --out, or drop them with --again"
         )
-    run.state["listing"] = found
+    run.state |= {"listing": found, "cae": cae}
     run.save()
+
+
+def _fingerprint(model: Run) -> str:
+    """A hash of the CAE's weights: 64 hexadecimal digits."""
+    with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def explainer(model: Run, options: ExplainOptions) -> dict[str, Any]:
@@ -231,12 +237,15 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
     )
     if f"{out}/".startswith((f"{archive}/", f"{options.run}/")):
         raise UserError(f"--out {options.out} lies in the archive or in the run folder: choose a folder of its own")
-    if set(Run(out).state["stages"]) - {"explain"}:
+    there = Run(out)
+    if set(there.state["stages"]) - {"explain"}:
         raise UserError(f"--out {options.out} is the folder of another run: choose a folder of its own")
     model = Run(options.run)
     runs.refuse_unfinished(model, options, NEEDS)
     # How to explain may be chosen anew; what the model was made with may not.
     runs.refuse_contradictions(model, options, "explain", only_before=True)
+    if there.done("explain") and not options.again and there.state.get("cae", cae := _fingerprint(model)) != cae:
+        raise UserError(f"{out} holds explanations by another CAE: choose another --out, or drop them with --again")
     # The new folder is a run folder of this stage alone; it is tracked where the finished run is.
     options = replace(options, run=out, archive=archive, tracking_uri=tracking.store(model, options))
     work = partial(explain_archive, model=model)

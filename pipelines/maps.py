@@ -96,7 +96,7 @@ class ExplainWorker:
         for start in range(0, len(images), at_once):
             chosen = slice(start, start + at_once)
             rows += self._explain(arrays, ids, p, images[chosen], targets[chosen], multiple)
-        first = {row["id"]: row for row in reversed(rows)}
+        first = {row["id"]: row for row in reversed(rows) if row["status"] != "failed"}
         for array, name in zip(arrays, ids, strict=True):
             if self.overlays > 0 and name in first:
                 self._overlay(array, first[name])

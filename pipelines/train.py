@@ -90,11 +90,16 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
     table["y"] = table.predicted if options.labels == "predicted" else table.label
     table = table.dropna(subset=["y"])
     known = table[table.split == "train"]
+    if known.empty:
+        raise UserError("no images to train the CAE on: the split train has none"
+                        + (" with a label" if options.labels == "truth" else ""))  # fmt: skip
     if known.y.nunique() < 2:
+        if options.labels == "truth":
+            raise UserError(f"all {len(known)} training images have the same label: --labels truth needs two")
         raise UserError(
             f"the classifier gives all {len(known)} training images the same class, so there is nothing to explain: "
             + ("give images of its other classes too" if options.classifier else
-               "give more data, or train it longer (classify.py --again --resnet.epochs N)")
+               "give more data, or train it longer (classify.py --again --resnet.min-steps N)")
         )  # fmt: skip
     pairs = training.draw_pairs(known.y.to_numpy(np.int64), options.train, options.seed)
     used, position = np.unique(pairs.index, return_inverse=True)  # only the images that some pair names are read
@@ -126,7 +131,7 @@ def _take(run: Run, options: TrainOptions) -> dict[str, Any]:
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    rank, world, device = enter_loop(config["threads"])
+    rank, world, device = enter_loop(config)
     run, names, label = Run(config["folder"]), config["names"], f"{config['label']:9}"
     options = TrainConfig(**config["train"])
     model = ModelConfig(**config["model"])

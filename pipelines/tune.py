@@ -25,6 +25,7 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from cae import search_plots
 from pipelines import run as runs
 from pipelines import tracking
+from pipelines.bulk import read_table
 from pipelines.cluster import connect, cores, gpus_of, threads_for, train_workers
 from pipelines.command_line import command, read_best
 from pipelines.mistakes import UserError, user_error
@@ -73,6 +74,9 @@ def search(run: Run, options: TuneOptions) -> dict[str, Any]:
     connect()
     if not run.result("shard")["counts"].get("val"):
         raise UserError("a search measures its trials on the split val, which this data set has not: give it one")
+    seen = read_table(run, "predictions", ["split", "predicted"]).to_pandas().query("split == 'val'").predicted
+    if seen.nunique() < 2:
+        raise UserError("a search measures swaps on val, all of which the classifier gives the same class")
     found = _tuner(run, options).fit()
     results = [found[i] for i in range(len(found))]
     table = pd.DataFrame([_row(result) for result in results])

@@ -17,6 +17,7 @@ from pipelines import run as runs
 from pipelines.command_line import parse
 from pipelines.mistakes import UserError
 from pipelines.run import Run, RunOptions
+from pipelines.train import TrainOptions
 
 
 def mistake(*words: str, script: str = "full.py", **env: str) -> str:
@@ -64,6 +65,12 @@ def test_full_disk(tmp_path: Path) -> None:
     (tmp_path / "run" / f"run.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="No space left on device"):
         run.save()
+
+
+def test_numbers_that_are_too_small_are_refused_before_any_work(tmp_path: Path) -> None:
+    for flag, least in (("--class-dim", 2), ("--resnet.batch", 1), ("--pairs", 1)):
+        with pytest.raises(UserError, match=f"{flag} is {least - 1}: it must be {least} at least"):
+            parse(TrainOptions, ["--dataset", "synthetic", "--run", str(tmp_path), flag, str(least - 1)])
 
 
 def test_broken_options() -> None:
