@@ -49,7 +49,7 @@ def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
     connect()
     chosen = run.result("classify")
     size, names = options.model.image_size, tuple(chosen["classes"])
-    seen = read_table(run, "predictions", ["split", "predicted"]).to_pandas().query("split == 'train'").predicted
+    seen = read_table(run, "predictions", ["id", "split", "predicted"]).to_pandas().query("split == 'train'").predicted
     if seen.nunique() < 2:
         raise UserError(
             f"the classifier gives the {len(seen)} training images {seen.nunique()} classes: paths lead from one class "

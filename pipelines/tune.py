@@ -74,7 +74,7 @@ def search(run: Run, options: TuneOptions) -> dict[str, Any]:
     connect()
     if not run.result("shard")["counts"].get("val"):
         raise UserError("a search measures its trials on the split val, which this data set has not: give it one")
-    seen = read_table(run, "predictions", ["split", "predicted"]).to_pandas().query("split == 'val'").predicted
+    seen = read_table(run, "predictions", ["id", "split", "predicted"]).to_pandas().query("split == 'val'").predicted
     if seen.nunique() < 2:
         raise UserError("a search measures swaps on val, all of which the classifier gives the same class")
     found = _tuner(run, options).fit()
