@@ -165,6 +165,12 @@ def read_table(run: Run, folder: str, columns: list[str] | None = None, parts: l
     return pa.concat_tables(tables).sort_by("id")
 
 
+def read_predicted(run: Run, split: str) -> np.ndarray:
+    """The classifier's classes of the images of a split."""
+    table = read_table(run, "predictions", ["id", "split", "predicted"])
+    return table["predicted"].to_numpy()[table["split"].to_numpy() == split]
+
+
 def read_part(run: Run, name: str, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file of the run."""
     with run.fs.open(run.path(name)) as file:

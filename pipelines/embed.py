@@ -23,6 +23,7 @@ from pipelines.bulk import (
     filled,
     matrix,
     read_images,
+    read_predicted,
     read_table,
     read_unit,
     shard_units,
@@ -46,15 +47,13 @@ class EmbedOptions(TrainOptions):
 
 def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
     """Write codes, projections and counter codes; returns the variance that two axes show."""
+    predicted = read_predicted(run, "train")
+    if len(np.unique(predicted)) < 2:
+        raise UserError(f"the classifier gives the {len(predicted)} training images fewer than two classes: paths lead "
+                        "from one class to another")  # fmt: skip
     connect()
     chosen = run.result("classify")
     size, names = options.model.image_size, tuple(chosen["classes"])
-    seen = read_table(run, "predictions", ["id", "split", "predicted"]).to_pandas().query("split == 'train'").predicted
-    if seen.nunique() < 2:
-        raise UserError(
-            f"the classifier gives the {len(seen)} training images {seen.nunique()} classes: paths lead from one class "
-            "to another, so it takes two"
-        )
     bulk(run, options, "embed", shard_units(run), EmbedWorker, "codes",
          spec=chosen["spec"], names=names, size=size, fit=options.fit, **where(options))  # fmt: skip
     table = read_table(run, "codes", ["id", "split", "predicted", "class_code"])

@@ -25,7 +25,7 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 from cae import search_plots
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import read_table
+from pipelines.bulk import read_predicted
 from pipelines.cluster import connect, cores, gpus_of, threads_for, train_workers
 from pipelines.command_line import command, read_best
 from pipelines.mistakes import UserError, user_error
@@ -71,12 +71,11 @@ OptionsT = TypeVar("OptionsT", bound=TuneOptions)
 
 def search(run: Run, options: TuneOptions) -> dict[str, Any]:
     """Search for weights; write the best ones, a table of the trials and figures; returns the best one's measures."""
-    connect()
     if not run.result("shard")["counts"].get("val"):
         raise UserError("a search measures its trials on the split val, which this data set has not: give it one")
-    seen = read_table(run, "predictions", ["id", "split", "predicted"]).to_pandas().query("split == 'val'").predicted
-    if seen.nunique() < 2:
+    if len(np.unique(read_predicted(run, "val"))) < 2:
         raise UserError("a search measures swaps on val, all of which the classifier gives the same class")
+    connect()
     found = _tuner(run, options).fit()
     results = [found[i] for i in range(len(found))]
     table = pd.DataFrame([_row(result) for result in results])

@@ -26,9 +26,7 @@ from cae.images import decode, to_tensor
 from cae.metrics import Fill
 from cae.networks import from_authors
 from cae.peers.table import peers
-from pipelines import run as runs
 from pipelines.bulk import listing, read_images, shard_units
-from pipelines.cluster import pace
 from pipelines.evaluate import NEW_CODES, _cut
 from pipelines.explain import ExplainOptions
 from pipelines.maps import ExplainWorker
@@ -321,37 +319,6 @@ def test_targets_that_are_no_class_are_refused_before_the_training_and_forgotten
     assert "targets" not in whole and whole["image_size"] == "32" and whole["resnet.epochs"] == "1"
     losses = client.get_metric_history(found["stages"]["classify"]["mlflow_run_id"], "classifier/loss")
     assert sorted(loss.step for loss in losses) == [1, 2, 3]
-
-
-def test_a_stage_dropped_halfway_is_dropped_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = ("cae", "checkpoints/train", "codes", "explanations", "overlays", "predictions")
-    for name in made:
-        (tmp_path / name).mkdir(parents=True)
-    run = Run(str(tmp_path))
-    run.state["stages"] = {name: {"options": {}, "result": {}} for name in ("classify", "train", "embed", "explain")}
-    drop, dropped = runs._drop, []
-
-    def killed(run: Run, stage: str) -> None:
-        if stage == "embed":
-            raise KeyboardInterrupt
-        dropped.append(stage)
-        drop(run, stage)
-
-    monkeypatch.setattr(runs, "_drop", killed)
-    with pytest.raises(KeyboardInterrupt):
-        runs._start_over(run, "train")
-    monkeypatch.setattr(runs, "_drop", drop)
-    again = Run(str(tmp_path))  # as the next call reads it
-    assert dropped == ["explain"] and set(again.state["stages"]) == {"classify", "train", "embed"}
-    assert not again.done("embed")
-    runs._start_over(again, "train")
-    assert [name for name in made if (tmp_path / name).exists()] == ["predictions"]
-    assert set(Run(str(tmp_path)).state["stages"]) == {"classify"}
-
-
-@pytest.mark.parametrize(("rate", "read"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.0941, "5.6/min")])
-def test_slow_rates_are_told_by_the_minute(rate: float, read: str) -> None:
-    assert pace(rate) == read
 
 
 def test_units_of_evaluate_are_cut_by_what_is_measured() -> None:

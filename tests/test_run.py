@@ -1,0 +1,60 @@
+"""The run folder: what is refused before any work, and what is dropped; no stage runs here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipelines import run as runs
+from pipelines.bulk import write_table
+from pipelines.cluster import pace
+from pipelines.embed import EmbedOptions, embed
+from pipelines.mistakes import UserError
+from pipelines.run import Run
+from pipelines.tune import TuneOptions, search
+
+
+def test_a_classifier_that_gives_one_class_only_is_refused_before_any_work(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    run.state["stages"] = {"shard": {"result": {"counts": {"train": 3, "val": 2}}}}
+    for split, predicted in (("train", [1, 1, 1]), ("val", [1, 1])):
+        ids = [f"{split}{i}" for i in range(len(predicted))]
+        table = pa.table({"id": ids, "split": [split] * len(ids), "predicted": pa.array(predicted, pa.int32())})
+        write_table(run, f"predictions/{split}.parquet", table)
+    with pytest.raises(UserError, match="the 3 training images fewer than two classes"):
+        embed(run, EmbedOptions(run=str(tmp_path)))
+    with pytest.raises(UserError, match="all of which the classifier gives the same class"):
+        search(run, TuneOptions(run=str(tmp_path)))
+
+
+def test_a_stage_dropped_halfway_is_dropped_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ("cae", "checkpoints/train", "codes", "explanations", "overlays", "predictions")
+    for name in made:
+        (tmp_path / name).mkdir(parents=True)
+    run = Run(str(tmp_path))
+    run.state["stages"] = {name: {"options": {}, "result": {}} for name in ("classify", "train", "embed", "explain")}
+    drop, dropped = runs._drop, []
+
+    def killed(run: Run, stage: str) -> None:
+        if stage == "embed":
+            raise KeyboardInterrupt
+        dropped.append(stage)
+        drop(run, stage)
+
+    monkeypatch.setattr(runs, "_drop", killed)
+    with pytest.raises(KeyboardInterrupt):
+        runs._start_over(run, "train")
+    monkeypatch.setattr(runs, "_drop", drop)
+    again = Run(str(tmp_path))  # as the next call reads it
+    assert dropped == ["explain"] and set(again.state["stages"]) == {"classify", "train", "embed"}
+    assert not again.done("embed")
+    runs._start_over(again, "train")
+    assert [name for name in made if (tmp_path / name).exists()] == ["predictions"]
+    assert set(Run(str(tmp_path)).state["stages"]) == {"classify"}
+
+
+@pytest.mark.parametrize(("rate", "read"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.0941, "5.6/min")])
+def test_slow_rates_are_told_by_the_minute(rate: float, read: str) -> None:
+    assert pace(rate) == read
