@@ -29,8 +29,8 @@ class ModelConfig:
     """`conv`: 7x7 and two strided 4x4 convolutions, as the authors; `unshuffle`: pixel-unshuffle x4 and one 3x3,
     without a norm, so that the individual code holds the exposure too and the class code need not."""
     class_encoder: Literal["plain", "residual"] = "plain"
-    """`plain`: strided convolutions without a norm, as the authors; `residual`: residual blocks with group norm, which
-    agrees with the classifier on more images that it was not trained on."""
+    """`plain`: strided convolutions without a norm, as the authors; `residual`: five residual blocks with a batch norm
+    that the warm-up sets. It agrees with the classifier on more images that it was not trained on."""
     width: int = 256
     """Channels of the individual code, which is `image_size / 4` wide and high."""
     blocks: int = 6
@@ -111,8 +111,8 @@ class TrainConfig:
     """Probability that an image is mirrored left to right; 0 where sides matter. (The built-in classifier is always
     trained on mirrored images too.)"""
     warm_up: int = 0
-    """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes: 0 as
-    the authors."""
+    """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes, the
+    encoder by what b says of each image where `class_head` descends through b: 0 as the authors."""
     recon_warm_up: int = 0
     """Steps of 16 images after those, on which the individual encoder and the decoder learn to give images back
     (Eq. 1 alone; an image costs a sixth of one in a pair): 0 as the authors."""

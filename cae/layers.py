@@ -5,6 +5,8 @@ Legend: B batch, C channels, H height, W width. Padding is by reflection everywh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,16 +89,42 @@ class ResidualBlock(nn.Module):
         return x + self.body(x)
 
 
+class FrozenNorm(nn.BatchNorm2d):
+    """Batch norm by statistics that stay as they are, in training too, but for `learned_statistics`.
+
+    So what becomes of an image hangs neither on the others of its batch nor on how workers share the batch.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.training = False
+
+    def train(self, mode: bool = True) -> FrozenNorm:
+        return super().train(False)
+
+
+@contextmanager
+def learned_statistics(module: nn.Module) -> Iterator[None]:
+    """In here each `FrozenNorm` of the module is a batch norm in training: by its batch, whose statistics it learns."""
+    norms = [part for part in module.modules() if isinstance(part, FrozenNorm)]
+    for norm in norms:
+        norm.training = True
+    try:
+        yield
+    finally:
+        module.train(module.training)
+
+
 class StridedBlock(nn.Module):
     """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))): (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            Conv(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.ReLU(inplace=True),
-            conv(c_out, c_out, 3), nn.GroupNorm(8, c_out),
+            Conv(c_in, c_out, 3, stride, 1), FrozenNorm(c_out), nn.ReLU(inplace=True),
+            conv(c_out, c_out, 3), FrozenNorm(c_out),
         )  # fmt: skip
-        self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride), nn.GroupNorm(8, c_out))
+        self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride), FrozenNorm(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.shortcut(x) + self.body(x)).relu_()

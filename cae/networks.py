@@ -55,8 +55,8 @@ def prepare(x: Tensor, config: ModelConfig) -> Tensor:
 class ClassEncoder(nn.Module):
     """E_c: image -> class code (B, D).
 
-    `plain` has no norm, so that brightness and contrast of a feature can be class features; the groups of channels of
-    `residual` leave it the contrasts between the channels of a group.
+    `plain` has no norm, and that of `residual` is the same for all images, so that brightness and contrast of a feature
+    can be class features.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -67,14 +67,16 @@ class ClassEncoder(nn.Module):
         else:
             layers = [
                 StridedBlock(width, width, 1),
+                StridedBlock(width, width, 1),
                 StridedBlock(width, 2 * width, 2),
-                StridedBlock(2 * width, width, 2),
+                StridedBlock(2 * width, 2 * width, 1),
+                StridedBlock(2 * width, 4 * width, 2),
             ]
         self.features = nn.Sequential(stem(config, NoNorm), *layers)
-        self.to_code = nn.Conv2d(width, config.class_dim, 1)
+        self.to_code = nn.Conv2d(width if config.class_encoder == "plain" else 4 * width, config.class_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.features(x)  # (B, width, H/16, W/16)
+        features = self.features(x)  # (B, width or 4 * width, H/16, W/16)
         return self.to_code(features).mean(dim=(2, 3))  # (B, D)
 
 

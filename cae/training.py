@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from cae.checkpoint import read_model, save_model
 from cae.config import LossWeights, ModelConfig, TrainConfig
 from cae.images import to_tensor
+from cae.layers import learned_statistics
 from cae.losses import (
     GRADIENT,
     DiscriminatorObjective,
@@ -200,6 +201,7 @@ class Trainer:
 
 WARM_UP_BATCH, WARM_UP_LR, WARM_UP_DISC_LR = 32, 2e-3, 5e-4
 RECON_BATCH = 16
+TEMPERATURE = 4.0
 Tell = Callable[[str, int, int], None]
 """What is being learned, steps done, steps in all."""
 
@@ -209,12 +211,14 @@ def silent(what: str, step: int, steps: int) -> None:
 
 
 def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: np.ndarray, config: TrainConfig,
-            seed: int, tell: Tell = silent, bf16: bool = False) -> dict[str, float]:  # fmt: skip
+            seed: int, tell: Tell = silent, bf16: bool = False,
+            teacher: nn.Module | None = None) -> dict[str, float]:  # fmt: skip
     """Teach the networks what single images can, before the first pair; returns each mean loss over its last steps.
 
     First `config.warm_up` steps for the class encoder and D_c (`class`, nats), then `config.recon_warm_up` ones for the
     individual encoder and the decoder (`recon_x`, L1). `images` (N, S, S, 3) uint8 and `labels` (N,); classes are drawn
-    evenly. `tell` is called after every step. After no steps a loss is NaN. `bf16`: under autocast, as in `Trainer`.
+    evenly. The class encoder learns the labels, or what `teacher`, the classifier, says of each image. `tell` is called
+    after every step. After no steps a loss is NaN. `bf16`: under autocast, as in `Trainer`.
     """
     device = next(cae.parameters()).device
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -229,18 +233,20 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
 
     return {
         "class": _learn_classes(
-            cae, discriminator, batches("class", WARM_UP_BATCH, config.warm_up), config, seed, bf16
+            cae, discriminator, batches("class", WARM_UP_BATCH, config.warm_up), config, seed, bf16, teacher
         ),
         "recon_x": _learn_images(cae, batches("recon_x", RECON_BATCH, config.recon_warm_up), config, bf16),
     }
 
 
 def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tuple[Tensor, Tensor]],
-                   config: TrainConfig, seed: int, bf16: bool) -> float:  # fmt: skip
+                   config: TrainConfig, seed: int, bf16: bool, teacher: nn.Module | None) -> float:  # fmt: skip
     """Teach the class encoder and D_c to name the classes of images, which are disturbed (`disturb`).
 
     A class code that means nothing yet and a D_c that sees no lesion yet teach the decoder to ignore both, and a short
-    training never recovers. Rates rise and fall over the steps. The head on the class code is thrown away.
+    training never recovers. Rates rise and fall over the steps. The head on the class code is thrown away. From a
+    teacher it learns softened probabilities (Hinton, Vinyals, Dean 2015): of few images they tell far more than their
+    classes do, and what the class code is for is the teacher's view, not the truth.
     """
     device = next(cae.parameters()).device
     chance = torch.Generator(device).manual_seed(seed)
@@ -251,9 +257,19 @@ def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tup
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would put the pixels' places on a coarse grid
             x = disturb(x, chance)
         code = cae.class_encoder(prepare(x, cae.config))
-        return F.cross_entropy(discriminator(x)[:, 2:], y) + F.cross_entropy(head(code), y)
+        own = F.cross_entropy(head(code), y) if teacher is None else _distil(head(code), x, teacher)
+        return F.cross_entropy(discriminator(x)[:, 2:], y) + own
 
-    return _descend_once(rates, loss, batches, config.warm_up, bf16) / 2
+    with learned_statistics(cae.class_encoder):
+        return _descend_once(rates, loss, batches, config.warm_up, bf16) / 2
+
+
+def _distil(logits: Tensor, x: Tensor, teacher: nn.Module) -> Tensor:
+    """T^2 times the divergence, in nats, of softmax(logits / T) from what the teacher says of images x, at T too."""
+    with torch.no_grad():
+        said = (teacher(x).float() / TEMPERATURE).log_softmax(1)
+    own = (logits.float() / TEMPERATURE).log_softmax(1)
+    return TEMPERATURE**2 * F.kl_div(own, said, reduction="batchmean", log_target=True)
 
 
 def _learn_images(cae: CAE, batches: Iterator[tuple[Tensor, Tensor]], config: TrainConfig, bf16: bool) -> float:

@@ -23,7 +23,7 @@ from cae.classifiers import BlackBox
 from cae.config import PRESETS, LossWeights, ModelConfig, TrainConfig
 from cae.images import to_array, to_tensor
 from cae.judgement import draw_donors, judge
-from cae.losses import choose_class_head
+from cae.losses import GRADIENT, choose_class_head
 from cae.networks import CAE, Discriminator, from_authors
 from pipelines import run as runs
 from pipelines import tracking
@@ -113,6 +113,8 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
         "oracle": oracle, "save": save, "start": start, "label": name.rpartition("/")[2],
         "model": asdict(model), "train": asdict(replace(options.train, class_head=class_head)),
         "weights": asdict(options.weights),
+        # Only a classifier that is at hand is asked about tens of thousands of images more.
+        "teach": options.labels == "predicted" and class_head in GRADIENT,
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
@@ -151,7 +153,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             networks.load_state_dict(torch.load(file, map_location=device, weights_only=True))
     elif state is None and options.warm_up + options.recon_warm_up:
         learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
-                                   warm_up_teller(label) if rank == 0 else training.silent, config["bf16"])  # fmt: skip
+                                   warm_up_teller(label) if rank == 0 else training.silent, config["bf16"],
+                                   blackbox if config["teach"] else None)  # fmt: skip
         if rank == 0:
             print(f"{label} warmed up: class {learned['class']:.3f} nats  recon_x {learned['recon_x']:.3f}", flush=True)
             if config["start"]:

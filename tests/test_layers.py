@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_networks import images, tiny
 from torch import Tensor, nn
 
-from cae.layers import AdaINBlock, Detail, LayerNorm, OutConv, UpConv, reflect
+from cae.layers import AdaINBlock, Detail, FrozenNorm, LayerNorm, OutConv, UpConv, learned_statistics, reflect
 from cae.metrics import grid_energy
 from cae.networks import CAE
 
@@ -213,3 +213,20 @@ def test_detail_is_the_same_whatever_the_class_code() -> None:
         added = cae.decode(code, s).atanh() - without.decode(code, s).atanh()
         expected = cae.decoder.detail(s).expand(-1, 3, -1, -1)  # type: ignore[misc]
         torch.testing.assert_close(added, expected, rtol=0, atol=1e-6)
+
+
+def test_frozen_norm_learns_statistics_where_it_is_told_to_and_nowhere_else() -> None:
+    norm, plain = FrozenNorm(3), nn.BatchNorm2d(3)
+    module, x = nn.Sequential(norm), torch.randn(5, 3, 4, 6) * 2 + 1
+    torch.testing.assert_close(module.train()(x), x, rtol=1e-4, atol=0)  # mean 0 and variance 1, until it is told
+    with learned_statistics(module):
+        for scale in (1, 3):
+            assert torch.equal(module(scale * x), plain.train()(scale * x))
+    for mode in (True, False):
+        assert torch.equal(module.train(mode)(x), plain.eval()(x))
+    torch.testing.assert_close(module(x)[1:2], module(x[1:2]))
+    assert norm.running_mean is not None and plain.running_mean is not None
+    assert torch.equal(norm.running_mean, plain.running_mean)
+    with pytest.raises(RuntimeError, match="a fault"), learned_statistics(module):
+        raise RuntimeError("a fault")
+    assert torch.equal(module(x), plain.eval()(x))

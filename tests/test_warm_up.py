@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from test_training import TINY, TRAIN, toy_batch
-from torch import Tensor
+from test_training import TINY, TRAIN, Brightness, toy_batch
+from torch import Tensor, nn
 
 import cae.training
+from cae.config import LossWeights
 from cae.images import to_array, to_tensor
 from cae.networks import CAE, Discriminator
-from cae.training import disturb, warm_up
+from cae.training import TEMPERATURE, Trainer, _distil, disturb, warm_up
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -42,6 +44,67 @@ def test_warm_up_teaches_class_code_and_class_head_and_leaves_the_rest(bf16: boo
     assert gap > 3 * np.linalg.norm(codes[y == 0].std(0))
     for part, old in zip((p for m in (cae.individual_encoder, cae.decoder) for p in m.parameters()), rest, strict=True):
         assert torch.equal(part, old)
+
+
+def test_statistics_of_the_class_encoder_are_learned_in_its_warm_up_alone() -> None:
+    torch.manual_seed(0)
+    model = replace(TINY, class_encoder="residual")
+    network, discriminator = CAE(model).train(), Discriminator(model, 2)
+
+    def statistics() -> list[Tensor]:
+        return [value.clone() for name, value in network.state_dict().items() if "running_" in name]
+
+    def changed(before: list[Tensor]) -> set[bool]:
+        return {not torch.equal(new, old) for new, old in zip(statistics(), before, strict=True)}
+
+    x, y = toy_batch(0, 32)
+    images, labels = to_array(x), y.numpy()
+    before = statistics()
+    assert before
+    warm_up(network, discriminator, images, labels, replace(TRAIN, warm_up=8), 0)
+    assert changed(before) == {True}
+    before = statistics()
+    warm_up(network, discriminator, images, labels, replace(TRAIN, recon_warm_up=2), 0)
+    trainer = Trainer(network, discriminator, TRAIN, LossWeights(), steps=2)
+    trainer.step(*toy_batch(1))
+    assert changed(before) == {False}
+    x, _ = toy_batch(2)
+    whole = network.train().encode(x)[0]
+    for i in range(len(x)):
+        torch.testing.assert_close(whole[i : i + 1], network.encode(x[i : i + 1])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_class_encoder_learns_what_its_teacher_says_and_class_head_learns_the_labels() -> None:
+    torch.manual_seed(0)
+    network, discriminator = CAE(TINY), Discriminator(replace(TINY, disc_init="kaiming"), 2)
+    x, y = toy_batch(0, 32)
+    with torch.no_grad():
+        wrong = Brightness()(x).flip(1)  # a classifier that has it the other way round
+
+    class Wrong(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return Brightness()(images).flip(1)
+
+    learn = partial(warm_up, network, discriminator, to_array(x), y.numpy(), replace(TRAIN, warm_up=60), 0)
+    heads: list[nn.Linear] = []
+    made = nn.Linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cae.training.nn, "Linear", lambda *sizes: heads.append(made(*sizes)) or heads[-1])
+        learn(teacher=Wrong())
+    with torch.no_grad():
+        assert torch.equal(heads[0](network.encode(x)[0]).argmax(1), wrong.argmax(1))
+        assert torch.equal(discriminator(x)[:, 2:].argmax(1), y)
+
+
+def test_distilling_is_its_slow_definition() -> None:
+    x, logits = toy_batch(0, 3)[0], torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    said, own = ((values / TEMPERATURE).exp().double() for values in (Brightness()(x), logits))
+    said, own = (values / values.sum(1, keepdim=True) for values in (said, own))
+    slow = TEMPERATURE**2 * sum(
+        float(p[k] * (p[k] / q[k]).log()) for p, q in zip(said, own, strict=True) for k in range(2)
+    ) / len(x)  # fmt: skip
+    assert float(_distil(logits, x, Brightness())) == pytest.approx(slow, rel=1e-4)
+    assert float(_distil(Brightness()(x) + 3, x, Brightness())) == pytest.approx(0, abs=1e-5)
 
 
 def test_images_are_disturbed_alike_with_and_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
