@@ -71,8 +71,8 @@ def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any], o
     tags = {"dataset": options.dataset, "preset": options.preset, "git": run.state["git"], "run_folder": run.folder}
     # A stage that was killed goes on in the MLflow runs that it had, in the same store.
     same = run.state.get("tracking_uri") == uri
-    parent = run.state.get("mlflow_run_id") if same else None
-    earlier = run.state["stages"][stage].get("mlflow_run_id") if same else None
+    parent = _still_there(client, run.state.get("mlflow_run_id")) if same else None
+    earlier = _still_there(client, run.state["stages"][stage].get("mlflow_run_id")) if parent else None
     with mlflow.start_run(run_id=parent, experiment_id=experiment_id, run_name=Path(run.folder).name) as whole:
         if parent is None:
             run.state |= {"mlflow_run_id": whole.info.run_id, "tracking_uri": uri}
@@ -93,6 +93,17 @@ def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any], o
             run.state["stages"][stage]["mlflow_run_id"] = child.info.run_id
             run.save()
             yield
+
+
+def _still_there(client: mlflow.MlflowClient, run_id: str | None) -> str | None:
+    """The MLflow run, or None if there is none, or no more: people delete runs, and whole stores."""
+    try:
+        there = run_id is not None and client.get_run(run_id).info.lifecycle_stage == "active"
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        there = False
+    return run_id if there else None
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
+import mlflow
 import pyarrow as pa
 import pytest
 
 from pipelines import run as runs
+from pipelines import tracking
 from pipelines.bulk import write_table
 from pipelines.cluster import pace
 from pipelines.embed import EmbedOptions, embed
@@ -58,3 +61,31 @@ def test_a_stage_dropped_halfway_is_dropped_by_the_next_call(tmp_path: Path, mon
 @pytest.mark.parametrize(("rate", "read"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.0941, "5.6/min")])
 def test_slow_rates_are_told_by_the_minute(rate: float, read: str) -> None:
     assert pace(rate) == read
+
+
+@pytest.mark.parametrize("gone", ["nothing", "stage", "whole", "store"])
+def test_a_stage_goes_on_where_mlflow_has_lost_its_run(tmp_path: Path, gone: str) -> None:
+    run, options = Run(str(tmp_path / "run")), EmbedOptions(run=str(tmp_path / "run"), experiment="e")
+    run.state |= {"git": "", "stages": {"embed": {}}}
+
+    def track() -> tuple[str, str]:
+        with tracking.tracked(run, options, "embed", {"seed": 0}, {"seed"}):
+            tracking.log_metrics({"score": 1.0})
+        return run.state["mlflow_run_id"], run.state["stages"]["embed"]["mlflow_run_id"]
+
+    whole, stage = track()
+    client = mlflow.MlflowClient(run.state["tracking_uri"])
+    if gone == "store":
+        client.delete_run(stage)
+        client.delete_run(whole)
+        with sqlite3.connect(tmp_path / "mlflow.db") as store:
+            for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+                store.execute(f"delete from {table}")
+    elif gone != "nothing":
+        client.delete_run({"stage": stage, "whole": whole}[gone])
+    again = track()
+    assert (again[0] == whole, again[1] == stage) == (gone in ("nothing", "stage"), gone == "nothing")
+    for run_id in again:
+        found = client.get_run(run_id)
+        assert found.info.lifecycle_stage == "active" and found.data.params == {"seed": "0"}
+    assert client.get_run(again[1]).data.tags["mlflow.parentRunId"] == again[0]
