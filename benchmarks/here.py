@@ -57,7 +57,9 @@ def warmed(run: Run, known: Data, config: PresetConfig, seed: int) -> tuple[CAE,
         model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
     torch.manual_seed(seed)
     cae, discriminator = place(CAE(model), "cpu"), place(Discriminator(model, len(classes)), "cpu")
-    training.warm_up(cae, discriminator, known.images, known.y, config.train, seed)
+    blackbox = blackbox_of(run)
+    teacher = blackbox if blackbox.differentiable else None
+    training.warm_up(cae, discriminator, known.images, known.y, config.train, seed, teacher=teacher)
     return cae, discriminator
 
 

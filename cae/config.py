@@ -112,7 +112,8 @@ class TrainConfig:
     trained on mirrored images too.)"""
     warm_up: int = 0
     """Steps of 32 images before the first pair, on which the class encoder and D_c learn to name the classes, the
-    encoder by what b says of each image where `class_head` descends through b: 0 as the authors."""
+    encoder by what b says of each image if b has a gradient and its predictions are the labels: 0 as the authors, whose
+    class encoder has no norm to set."""
     recon_warm_up: int = 0
     """Steps of 16 images after those, on which the individual encoder and the decoder learn to give images back
     (Eq. 1 alone; an image costs a sixth of one in a pair): 0 as the authors."""

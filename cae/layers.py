@@ -1,4 +1,4 @@
-"""The layers of the networks: the plain ones of the paper in faster forms with the same numbers, and `Detail`.
+"""The layers of the networks: the paper's in faster forms with the same numbers; and beyond it `FrozenNorm`, `Detail`.
 
 Legend: B batch, C channels, H height, W width. Padding is by reflection everywhere.
 """

@@ -217,8 +217,9 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
 
     First `config.warm_up` steps for the class encoder and D_c (`class`, nats), then `config.recon_warm_up` ones for the
     individual encoder and the decoder (`recon_x`, L1). `images` (N, S, S, 3) uint8 and `labels` (N,); classes are drawn
-    evenly. The class encoder learns the labels, or what `teacher`, the classifier, says of each image. `tell` is called
-    after every step. After no steps a loss is NaN. `bf16`: under autocast, as in `Trainer`.
+    evenly. The class encoder learns the labels, or what `teacher`, the classifier, says of each image; `class` is the
+    mean of its loss and D_c's. `tell` is called after every step. After no steps a loss is NaN. `bf16`: under autocast,
+    as in `Trainer`.
     """
     device = next(cae.parameters()).device
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]

@@ -23,7 +23,7 @@ from cae.classifiers import BlackBox
 from cae.config import PRESETS, LossWeights, ModelConfig, TrainConfig
 from cae.images import to_array, to_tensor
 from cae.judgement import draw_donors, judge
-from cae.losses import GRADIENT, choose_class_head
+from cae.losses import choose_class_head
 from cae.networks import CAE, Discriminator, from_authors
 from pipelines import run as runs
 from pipelines import tracking
@@ -101,6 +101,9 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
             + ("give images of its other classes too" if options.classifier else
                "give more data, or train it longer (classify.py --again --resnet.min-steps N)")
         )  # fmt: skip
+    if options.model.class_encoder == "residual" and not options.train.warm_up:
+        raise UserError("--warm-up 0 leaves the norm of the residual class encoder without statistics: give it steps, "
+                        "or --class-encoder plain")  # fmt: skip
     pairs = training.draw_pairs(known.y.to_numpy(np.int64), options.train, options.seed)
     used, position = np.unique(pairs.index, return_inverse=True)  # only the images that some pair names are read
     held_out = table[table.split == ("val" if (table.split == "val").any() else "train")]
@@ -113,8 +116,8 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
         "oracle": oracle, "save": save, "start": start, "label": name.rpartition("/")[2],
         "model": asdict(model), "train": asdict(replace(options.train, class_head=class_head)),
         "weights": asdict(options.weights),
-        # Only a classifier that is at hand is asked about tens of thousands of images more.
-        "teach": options.labels == "predicted" and class_head in GRADIENT,
+        # One without a gradient may be a server, which is not to be asked about tens of thousands of images more.
+        "teach": options.labels == "predicted" and chosen.get("differentiable", True),
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
@@ -150,7 +153,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     # Every worker starts alike; wrapping for DDP then gives all of them rank 0's weights.
     if state is None and config["start"] and run.fs.exists(run.path(config["start"])):
         with run.fs.open(run.path(config["start"]), "rb") as file:
-            networks.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+            _take_over(networks, torch.load(file, map_location=device, weights_only=True))
     elif state is None and options.warm_up + options.recon_warm_up:
         learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
                                    warm_up_teller(label) if rank == 0 else training.silent, config["bf16"],
@@ -167,7 +170,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         wrap=lambda module: prepare_model(module, move_to_device=False), bf16=config["bf16"],
     )  # fmt: skip
     if state is not None:
-        trainer.load_state_dict(state)
+        _take_over(trainer, state)
         if rank == 0:
             print(f"{label} goes on at pair {trainer.step_count * options.batch:,}", flush=True)
     watched = None
@@ -216,6 +219,13 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if config["save"] and rank == 0:
         training.save(config["save"], trainer.best, names, train=config["train"], weights=config["weights"])
     return measures
+
+
+def _take_over(module: Any, state: dict[str, Any]) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError("was begun by another version of this project: do it over (--again)") from error
 
 
 def warm_up_teller(label: str) -> training.Tell:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import mlflow
 import pyarrow as pa
 import pytest
 
+from cae.config import PRESETS
 from pipelines import run as runs
-from pipelines import tracking
+from pipelines import tracking, train
 from pipelines.bulk import write_table
 from pipelines.cluster import pace
 from pipelines.embed import EmbedOptions, embed
@@ -89,3 +92,26 @@ def test_a_stage_goes_on_where_mlflow_has_lost_its_run(tmp_path: Path, gone: str
         found = client.get_run(run_id)
         assert found.info.lifecycle_stage == "active" and found.data.params == {"seed": "0"}
     assert client.get_run(again[1]).data.tags["mlflow.parentRunId"] == again[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "differentiable", "teach"),
+    [("predicted", True, True), ("predicted", False, False), ("truth", True, False)],
+)
+def test_class_encoder_is_taught_by_a_classifier_with_a_gradient_whose_predictions_are_the_labels(
+    labels: Literal["predicted", "truth"], differentiable: bool, teach: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = Run(str(tmp_path))
+    classify = {"spec": "", "classes": ["a", "b"], "differentiable": differentiable}
+    run.state["stages"] = {"shard": {"result": {"grey": True}}, "classify": {"result": classify}}
+    ids, half = [f"image{i}" for i in range(8)], pa.array([0, 1] * 4, pa.int32())
+    table = pa.table({"id": ids, "split": ["train"] * 8, "label": half, "predicted": half})
+    write_table(run, "predictions/train.parquet", table)
+    monkeypatch.setattr(train, "train_workers", lambda *_: 1)
+    monkeypatch.setattr(train, "fit_torch", lambda run, options, name, loop, config, *_: config)
+    preset = PRESETS["quick"]
+    options = train.TrainOptions(run=str(tmp_path), labels=labels, model=preset.model, train=preset.train)
+    assert train.fit(run, options, "train")["teach"] is teach
+    with pytest.raises(UserError, match="--warm-up 0"):
+        train.fit(run, replace(options, train=replace(preset.train, warm_up=0)), "train")

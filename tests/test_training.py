@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cae import checkpoint, training
 from cae.config import ClassHead, LossWeights, ModelConfig, TrainConfig
+from cae.layers import FrozenNorm
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, WIDE, Discriminator
 from cae.training import Pairs, Trainer, draw_pairs
@@ -28,6 +29,7 @@ TINY = ModelConfig(
     image_size=32, stem="unshuffle", width=16, blocks=1, mlp_width=16, up_kernel=3, out_kernel=3, disc_width=4,
     disc_blocks=1, dropout=0.0,
 )  # fmt: skip
+RESIDUAL = replace(TINY, class_encoder="residual")
 TRAIN = TrainConfig(batch=4, lr=1e-3, lr_halvings=0)
 STEPS = 6
 
@@ -51,9 +53,14 @@ class Brightness(nn.Module):
         return torch.stack([-logit, logit], 1)
 
 
-def make_trainer(config: TrainConfig = TRAIN, seed: int = 0, double: bool = False, **options: Any) -> Trainer:
+def make_trainer(
+    config: TrainConfig = TRAIN, seed: int = 0, double: bool = False, model: ModelConfig = TINY, **options: Any
+) -> Trainer:
     torch.manual_seed(seed)
-    cae, discriminator = CAE(TINY), Discriminator(TINY, 2)
+    cae, discriminator = CAE(model), Discriminator(model, 2)
+    for norm in cae.modules():
+        if isinstance(norm, FrozenNorm):  # as a warm-up would
+            norm.running_mean = torch.randn(norm.num_features)
     if double:
         cae, discriminator = cae.double(), discriminator.double()
     blackbox = None if config.class_head == "learned" else Brightness()
@@ -61,8 +68,9 @@ def make_trainer(config: TrainConfig = TRAIN, seed: int = 0, double: bool = Fals
 
 
 def parameters(trainer: Trainer) -> list[Tensor]:
+    """And statistics."""
     modules = [trainer.cae, trainer.discriminator, trainer.best]
-    return [p.detach().clone() for module in modules for p in module.parameters()]
+    return [value.clone() for module in modules for value in module.state_dict().values()]
 
 
 # --- pairs
@@ -217,13 +225,13 @@ def test_a_class_head_that_asks_the_classifier_needs_one(class_head: Any) -> Non
 @pytest.mark.parametrize("class_head", ["learned", "distilled", "both"])
 def test_going_on_from_a_state_is_as_if_never_stopped(class_head: Any) -> None:
     config = replace(TRAIN, ema=0.9, lr_halvings=3, class_head=class_head)
-    whole = make_trainer(config)
+    whole = make_trainer(config, model=RESIDUAL)
     for i in range(3):
         whole.step(*toy_batch(i))
     file = io.BytesIO()
     torch.save(whole.state_dict(), file)
     file.seek(0)
-    resumed = make_trainer(config, seed=9)
+    resumed = make_trainer(config, seed=9, model=RESIDUAL)
     assert any(not torch.equal(a, b) for a, b in zip(parameters(whole), parameters(resumed), strict=True))
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.step_count == 3
@@ -236,12 +244,12 @@ def test_going_on_from_a_state_is_as_if_never_stopped(class_head: Any) -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    trainer = make_trainer(replace(TRAIN, ema=0.5))
+    trainer = make_trainer(replace(TRAIN, ema=0.5), model=RESIDUAL)
     trainer.step(*toy_batch(0))
     folder, (x, _) = str(tmp_path / "run" / "cae"), toy_batch(1)
     training.save(folder, trainer.best, ("left", "right"), weights={"recon_x": 10.0})
     loaded = training.load(folder)
-    assert loaded.config == TINY
+    assert loaded.config == RESIDUAL
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert torch.equal(loaded(x), trainer.best(x))
     _, about = checkpoint.read_model(folder)
@@ -273,13 +281,13 @@ WORLD = 2
 DISTRIBUTED = replace(TRAIN, ema=0.5)
 
 
-def worker(rank: int, folder: str, class_head: ClassHead) -> None:
+def worker(rank: int, folder: str, class_head: ClassHead, model: ModelConfig) -> None:
     """Three steps on this worker's half of every batch; leaves all parameters in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     # Other first weights on the second worker: wrapping must bring them together.
     config = replace(DISTRIBUTED, class_head=class_head)
-    trainer = make_trainer(config, seed=rank, double=True, wrap=DistributedDataParallel)
+    trainer = make_trainer(config, seed=rank, double=True, model=model, wrap=DistributedDataParallel)
     for i in range(3):
         x, y = toy_batch(i)
         mine = torch.cat([torch.arange(4)[rank::WORLD], torch.arange(4, 8)[rank::WORLD]])
@@ -288,18 +296,18 @@ def worker(rank: int, folder: str, class_head: ClassHead) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("class_head", ["distilled", "both"])
+@pytest.mark.parametrize(("class_head", "model"), [("distilled", TINY), ("both", RESIDUAL)])
 def test_two_workers_end_with_the_parameters_of_one(
-    class_head: ClassHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    class_head: ClassHead, model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     # In double precision: Adam would blow up the rounding in gradients that are 0 but for it (biases before a norm).
-    single = make_trainer(replace(DISTRIBUTED, class_head=class_head), double=True)
+    single = make_trainer(replace(DISTRIBUTED, class_head=class_head), double=True, model=model)
     first = parameters(single)
     for i in range(3):
         x, y = toy_batch(i)
         single.step(x.double(), y)
-    torch.multiprocessing.spawn(worker, (str(tmp_path), class_head), nprocs=WORLD)
+    torch.multiprocessing.spawn(worker, (str(tmp_path), class_head, model), nprocs=WORLD)
     ends = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for end in ends:
         for ours, theirs in zip(end, parameters(single), strict=True):
