@@ -163,7 +163,7 @@ PRESETS: dict[Preset, PresetConfig] = {
             upsample="bilinear", up_kernel=3, out_kernel=3, detail=True, dropout=0.0, disc_init="kaiming",
         ),
         TrainConfig(
-            pairs=100_000, epochs=20.0, batch=8, lr=5e-4, disc_lr=1e-4, class_lr=2e-5, lr_halvings=4, ema=0.999,
+            pairs=100_000, epochs=20.0, batch=8, lr=5e-4, disc_lr=1e-4, class_lr=2e-6, lr_halvings=4, ema=0.999,
             warm_up=2000, recon_warm_up=1000, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", epochs=10, min_steps=800),
@@ -177,7 +177,7 @@ PRESETS: dict[Preset, PresetConfig] = {
             disc_init="kaiming",
         ),
         TrainConfig(
-            pairs=14_000, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-5, lr_halvings=3, ema=0.995,
+            pairs=14_000, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-6, lr_halvings=3, ema=0.995,
             warm_up=2400, recon_warm_up=600, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, min_steps=800, batch=32),

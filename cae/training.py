@@ -202,6 +202,7 @@ class Trainer:
 WARM_UP_BATCH, WARM_UP_LR, WARM_UP_DISC_LR = 32, 2e-3, 5e-4
 RECON_BATCH = 16
 TEMPERATURE = 4.0
+MIXED = 0.8  # of the steps that a teacher is asked in
 Tell = Callable[[str, int, int], None]
 """What is being learned, steps done, steps in all."""
 
@@ -215,11 +216,11 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
             teacher: nn.Module | None = None) -> dict[str, float]:  # fmt: skip
     """Teach the networks what single images can, before the first pair; returns each mean loss over its last steps.
 
-    First `config.warm_up` steps for the class encoder and D_c (`class`, nats), then `config.recon_warm_up` ones for the
-    individual encoder and the decoder (`recon_x`, L1). `images` (N, S, S, 3) uint8 and `labels` (N,); classes are drawn
-    evenly. The class encoder learns the labels, or what `teacher`, the classifier, says of each image; `class` is the
-    mean of its loss and D_c's. `tell` is called after every step. After no steps a loss is NaN. `bf16`: under autocast,
-    as in `Trainer`.
+    First `config.warm_up` steps for the class encoder and D_c (`class`, nats), after which class codes get unit scale,
+    then `config.recon_warm_up` ones for the individual encoder and the decoder (`recon_x`, L1). `images` (N, S, S, 3)
+    uint8 and `labels` (N,); classes are drawn evenly. The class encoder learns the labels, or what `teacher`, the
+    classifier, says of each image; `class` is the mean of its loss and D_c's. `tell` is called after every step. After
+    no steps a loss is NaN. `bf16`: under autocast, as in `Trainer`.
     """
     device = next(cae.parameters()).device
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -232,11 +233,12 @@ def warm_up(cae: CAE, discriminator: Discriminator, images: np.ndarray, labels: 
             yield to_tensor(batch, device), torch.tensor(labels[index], device=device)
             tell(what, step + 1, steps)
 
-    return {
-        "class": _learn_classes(
-            cae, discriminator, batches("class", WARM_UP_BATCH, config.warm_up), config, seed, bf16, teacher
-        ),
-        "recon_x": _learn_images(cae, batches("recon_x", RECON_BATCH, config.recon_warm_up), config, bf16),
+    classes = batches("class", WARM_UP_BATCH, config.warm_up)
+    learned = {"class": _learn_classes(cae, discriminator, classes, config, seed, bf16, teacher)}
+    if config.warm_up:
+        _to_unit_scale(cae, next(batches("scale", 4 * WARM_UP_BATCH, 1))[0])
+    return learned | {
+        "recon_x": _learn_images(cae, batches("recon_x", RECON_BATCH, config.recon_warm_up), config, bf16)
     }
 
 
@@ -247,22 +249,40 @@ def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tup
     A class code that means nothing yet and a D_c that sees no lesion yet teach the decoder to ignore both, and a short
     training never recovers. Rates rise and fall over the steps. The head on the class code is thrown away. From a
     teacher it learns softened probabilities (Hinton, Vinyals, Dean 2015): of few images they tell far more than their
-    classes do, and what the class code is for is the teacher's view, not the truth.
+    classes do, and what the class code is for is the teacher's view, not the truth. It has a view of images that are
+    `mixed`, too, but the last ones are not, so that the encoder's norms know images as they are.
     """
     device = next(cae.parameters()).device
     chance = torch.Generator(device).manual_seed(seed)
     head = nn.Linear(cae.config.class_dim, discriminator.classes).to(device)
     rates = [(cae.class_encoder, WARM_UP_LR), (head, WARM_UP_LR), (discriminator, WARM_UP_DISC_LR)]
+    to_mix = iter(range(round(MIXED * config.warm_up)))
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would put the pixels' places on a coarse grid
             x = disturb(x, chance)
-        code = cae.class_encoder(prepare(x, cae.config))
-        own = F.cross_entropy(head(code), y) if teacher is None else _distil(head(code), x, teacher)
-        return F.cross_entropy(discriminator(x)[:, 2:], y) + own
+        named = F.cross_entropy(discriminator(x)[:, 2:], y)
+        if teacher is not None and next(to_mix, None) is not None:
+            x = mixed(x, chance)
+        logits = head(cae.class_encoder(prepare(x, cae.config)))
+        return named + (F.cross_entropy(logits, y) if teacher is None else _distil(logits, x, teacher))
 
     with learned_statistics(cae.class_encoder):
         return _descend_once(rates, loss, batches, config.warm_up, bf16) / 2
+
+
+@torch.no_grad()
+def _to_unit_scale(cae: CAE, x: Tensor) -> None:
+    """Move and scale class codes so that those of images x (B, 3, H, W) have mean 0 and a standard deviation of 1.
+
+    How large the warm-up leaves them hangs on the teacher's logits, and what is large weighs more in Eq. 2 and lets the
+    decoder start wildly.
+    """
+    code, last = cae.class_encoder(prepare(x, cae.config)), cae.class_encoder.to_code
+    assert last.bias is not None
+    last.bias.sub_(code.mean(0))
+    for parameter in (last.weight, last.bias):
+        parameter.div_(code.std(0).mean().clamp(min=1e-6))  # one scale for all numbers
 
 
 def _distil(logits: Tensor, x: Tensor, teacher: nn.Module) -> Tensor:
@@ -314,6 +334,17 @@ def disturb(x: Tensor, chance: torch.Generator) -> Tensor:
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     bright, contrast = 0.15 * bright[:, None, None, None], 1 + 0.2 * contrast[:, None, None, None]
     return ((x + 1) * contrast - 1 + bright).clamp(-1, 1)
+
+
+def mixed(x: Tensor, chance: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W), each with a square of another in it (CutMix; Yun et al. 2019), which is cut at borders.
+
+    Its side is up to the image's. Such images have no label, but a classifier has a view of them.
+    """
+    size, side = x.shape[-1], torch.rand(len(x), 1, generator=chance, device=x.device)
+    place, centre = torch.arange(size, device=x.device), torch.rand(2, len(x), 1, generator=chance, device=x.device)
+    rows, cols = (place - size * centre).abs() < size * side / 2  # (B, H), (B, W)
+    return torch.where((rows[:, :, None] & cols[:, None, :])[:, None], x.roll(1, 0), x)
 
 
 def save(folder: str, cae: CAE, classes: tuple[str, ...], **about: Any) -> None:

@@ -12,10 +12,10 @@ from test_training import RESIDUAL, TINY, TRAIN, Brightness, toy_batch
 from torch import Tensor, nn
 
 import cae.training
-from cae.config import LossWeights
+from cae.config import LossWeights, ModelConfig
 from cae.images import to_array, to_tensor
 from cae.networks import CAE, Discriminator
-from cae.training import TEMPERATURE, Trainer, _distil, disturb, warm_up
+from cae.training import TEMPERATURE, Trainer, _distil, disturb, mixed, warm_up
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -97,6 +97,59 @@ def test_class_encoder_learns_what_its_teacher_says_and_class_head_learns_the_la
     assert len(agrees) == 60 and sum(agrees[-10:]) / 10 > 0.95
     with torch.no_grad():
         assert torch.equal(discriminator(x)[:, 2:].argmax(1), y)
+
+
+@pytest.mark.parametrize("model", [TINY, RESIDUAL])
+def test_class_codes_have_unit_scale_after_the_warm_up(model: ModelConfig) -> None:
+    torch.manual_seed(0)
+    network, discriminator = CAE(model), Discriminator(replace(TINY, disc_init="kaiming"), 2)
+    x, y = toy_batch(0, 64)
+    with torch.no_grad():
+        network.class_encoder.to_code.weight.mul_(50)
+        assert not 0.8 < network.encode(x)[0].std(0).mean() < 1.25
+    warm_up(
+        network, discriminator, to_array(x), y.numpy(), replace(TRAIN, warm_up=20, flip=0.0), 0, teacher=Brightness()
+    )
+    with torch.no_grad():
+        code = network.encode(x)[0]
+    assert 0.8 < code.std(0).mean() < 1.25 and code.mean(0).abs().max() < 0.4
+
+
+def test_mixed_images_have_one_square_of_another_image() -> None:
+    x = torch.arange(400.0)[:, None, None, None].expand(-1, 3, 16, 16)
+    found, again = (mixed(x, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(found, again)
+    areas = []
+    for i, image in enumerate(found):
+        other = image[0] != i
+        assert ((image == i) | (image == (i - 1) % 400)).all() and (image == image[0]).all()
+        rows, cols = other.any(1), other.any(0)
+        assert torch.equal(other, rows[:, None] & cols[None, :])  # a rectangle: a square, cut at borders
+        inside = not (rows[0] or rows[-1] or cols[0] or cols[-1])
+        assert not inside or abs(int(rows.sum()) - int(cols.sum())) <= 1
+        areas.append(float(other.float().mean()))
+    assert min(areas) < 0.01 and max(areas) > 0.7 and 0.15 < np.mean(areas) < 0.3
+
+
+def test_images_are_mixed_for_the_teacher_alone_and_not_in_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, y = to_array(toy_batch(0, 32)[0]), np.repeat([0, 1], 32)
+    asked, plain, named = [], [], []
+
+    class Watching(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(x)
+            return super().forward(x)
+
+    def watched(x: Tensor, chance: torch.Generator) -> Tensor:
+        plain.append(disturb(x, chance))
+        return plain[-1]
+
+    monkeypatch.setattr(cae.training, "disturb", watched)
+    discriminator = Discriminator(TINY, 2)
+    discriminator.register_forward_pre_hook(lambda _, given: named.append(given[0]))
+    warm_up(CAE(TINY), discriminator, images, y, replace(TRAIN, warm_up=10), 0, teacher=Watching())
+    assert [torch.equal(a, b) for a, b in zip(asked, plain, strict=True)] == [False] * 8 + [True] * 2
+    assert all(torch.equal(a, b) for a, b in zip(named, plain, strict=True))
 
 
 def test_distilling_is_its_slow_definition() -> None:
