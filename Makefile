@@ -20,8 +20,8 @@ $(VENV)/ready: pyproject.toml
 demo: setup
 	$(BIN)/python pipelines/full.py --dataset synthetic --preset quick $(DEMO)
 
-test: setup  # two at once, a thread each: most tests wait for programs to start
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+test: setup  # two files at once: most tests wait for programs to start
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -47,9 +47,9 @@ class Options:
     """Run folder with the stages shard and classify."""
     oracle: str
     """Folder of a second classifier, trained apart."""
-    minutes: tuple[float, ...] = (2, 5, 10, 20, 30)
+    minutes: tuple[float, ...] = (2, 5, 10, 20, 35)
     """When to look, in CPU minutes (a minute of two threads is two)."""
-    whole: float = 25.0
+    whole: float = 35.0
     """CPU minutes that `quick` takes here: for fewer, it gets that share of its warm-ups, pairs and average."""
     presets: tuple[Compared, ...] = ("quick", "paper")
     """Presets to train, one after the other."""

@@ -97,7 +97,7 @@ class TrainConfig:
     disc_lr: float = 0.0
     """The discriminator's learning rate; 0: the same. A lower one keeps the adversarial game even."""
     class_lr: float = 0.0
-    """The class encoder's learning rate; 0: the same. A lower one keeps what the warm-up taught it."""
+    """The class encoder's learning rate, after a warm-up; 0: the same. A lower one keeps what the warm-up taught it."""
     betas: tuple[float, float] = (0.5, 0.999)
     """Adam's beta1 and beta2."""
     weight_decay: float = 1e-4
@@ -177,7 +177,7 @@ PRESETS: dict[Preset, PresetConfig] = {
             disc_init="kaiming",
         ),
         TrainConfig(
-            pairs=14_000, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-6, lr_halvings=3, ema=0.995,
+            pairs=7_000, batch=4, lr=1e-3, disc_lr=1e-4, class_lr=3e-6, lr_halvings=3, ema=0.995,
             warm_up=2400, recon_warm_up=600, class_head="auto",
         ),
         ClassifierConfig(arch="resnet18", stem="small", epochs=6, min_steps=800, batch=32),

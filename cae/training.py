@@ -119,7 +119,7 @@ class Trainer:
         self.discriminator_objective = wrap(DiscriminatorObjective(discriminator, weights))
         generator = [
             {"params": list(part.parameters()), "lr": rate}
-            for part, rate in ((cae.class_encoder, config.class_lr or config.lr),
+            for part, rate in ((cae.class_encoder, (config.class_lr if config.warm_up else 0) or config.lr),
                                (cae.individual_encoder, config.lr), (cae.decoder, config.lr))
         ]  # fmt: skip
         critic = [{"params": list(discriminator.parameters()), "lr": config.disc_lr or config.lr}]
@@ -256,7 +256,7 @@ def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tup
     chance = torch.Generator(device).manual_seed(seed)
     head = nn.Linear(cae.config.class_dim, discriminator.classes).to(device)
     rates = [(cae.class_encoder, WARM_UP_LR), (head, WARM_UP_LR), (discriminator, WARM_UP_DISC_LR)]
-    to_mix = iter(range(round(MIXED * config.warm_up)))
+    to_mix = iter(range(int(MIXED * config.warm_up)))
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would put the pixels' places on a coarse grid
@@ -278,11 +278,12 @@ def _to_unit_scale(cae: CAE, x: Tensor) -> None:
     How large the warm-up leaves them hangs on the teacher's logits, and what is large weighs more in Eq. 2 and lets the
     decoder start wildly.
     """
-    code, last = cae.class_encoder(prepare(x, cae.config)), cae.class_encoder.to_code
+    code = torch.cat([cae.class_encoder(prepare(part, cae.config)) for part in x.split(WARM_UP_BATCH)])
+    scale, last = code.std(0).mean(), cae.class_encoder.to_code  # one scale for all numbers
     assert last.bias is not None
-    last.bias.sub_(code.mean(0))
-    for parameter in (last.weight, last.bias):
-        parameter.div_(code.std(0).mean().clamp(min=1e-6))  # one scale for all numbers
+    if scale > 1e-4:  # else all codes are alike, and stay so
+        last.bias.sub_(code.mean(0)).div_(scale)
+        last.weight.div_(scale)
 
 
 def _distil(logits: Tensor, x: Tensor, teacher: nn.Module) -> Tensor:
@@ -337,13 +338,13 @@ def disturb(x: Tensor, chance: torch.Generator) -> Tensor:
 
 
 def mixed(x: Tensor, chance: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W), each with a square of another in it (CutMix; Yun et al. 2019), which is cut at borders.
+    """Images (B, 3, S, S), each with a square of another in it (CutMix; Yun et al. 2019), which is cut at borders.
 
     Its side is up to the image's. Such images have no label, but a classifier has a view of them.
     """
     size, side = x.shape[-1], torch.rand(len(x), 1, generator=chance, device=x.device)
     place, centre = torch.arange(size, device=x.device), torch.rand(2, len(x), 1, generator=chance, device=x.device)
-    rows, cols = (place - size * centre).abs() < size * side / 2  # (B, H), (B, W)
+    rows, cols = (place - size * centre).abs() < size * side / 2  # (B, S) each
     return torch.where((rows[:, :, None] & cols[:, None, :])[:, None], x.roll(1, 0), x)
 
 

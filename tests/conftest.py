@@ -33,13 +33,6 @@ BAD = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`pytest -n 2 --dist loadgroup`), tests that share a run or a module's fixtures stay together."""
-    for item in items:
-        shares = "finished" if "finished" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(shares))
-
-
 def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a pipeline as a user does, from another folder."""
     # MLflow, used in this process, would have commands track where it does.

@@ -362,7 +362,7 @@ def test_memory_order_changes_no_number(width: int) -> None:
 
 
 def test_players_and_the_class_encoder_may_learn_slower() -> None:
-    trainer = make_trainer(replace(TRAIN, disc_lr=1e-4, class_lr=5e-4, lr_halvings=2))
+    trainer = make_trainer(replace(TRAIN, disc_lr=1e-4, class_lr=5e-4, warm_up=1, lr_halvings=2))
 
     def rates() -> list[list[float]]:
         return [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
@@ -374,3 +374,5 @@ def test_players_and_the_class_encoder_may_learn_slower() -> None:
     for step in range(STEPS - 1):
         trainer.step(*toy_batch(step))
     assert rates() == [pytest.approx([2.5e-4, 5e-4, 5e-4]), pytest.approx([5e-5])]
+    untaught = make_trainer(replace(TRAIN, class_lr=5e-4))  # has all yet to learn
+    assert untaught.optimizers[0].param_groups[0]["lr"] == TRAIN.lr

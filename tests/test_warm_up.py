@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import cae.training
 from cae.config import LossWeights, ModelConfig
 from cae.images import to_array, to_tensor
-from cae.networks import CAE, Discriminator
-from cae.training import TEMPERATURE, Trainer, _distil, disturb, mixed, warm_up
+from cae.networks import CAE, Discriminator, prepare
+from cae.training import TEMPERATURE, Trainer, _distil, _to_unit_scale, disturb, mixed, warm_up
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -115,6 +115,15 @@ def test_class_codes_have_unit_scale_after_the_warm_up(model: ModelConfig) -> No
     assert 0.8 < code.std(0).mean() < 1.25 and code.mean(0).abs().max() < 0.4
 
 
+def test_class_codes_that_are_all_alike_are_not_scaled() -> None:
+    network, images = CAE(TINY), np.full((8, 32, 32, 3), 100, np.uint8)
+    before = network.class_encoder.to_code.weight.detach().clone()
+    with torch.no_grad():
+        network.class_encoder.features[-2].weight.zero_()
+    _to_unit_scale(network, to_tensor(images))
+    assert torch.equal(network.class_encoder.to_code.weight, before)
+
+
 def test_mixed_images_have_one_square_of_another_image() -> None:
     x = torch.arange(400.0)[:, None, None, None].expand(-1, 3, 16, 16)
     found, again = (mixed(x, torch.Generator().manual_seed(1)) for _ in range(2))
@@ -150,6 +159,12 @@ def test_images_are_mixed_for_the_teacher_alone_and_not_in_the_last_steps(monkey
     warm_up(CAE(TINY), discriminator, images, y, replace(TRAIN, warm_up=10), 0, teacher=Watching())
     assert [torch.equal(a, b) for a, b in zip(asked, plain, strict=True)] == [False] * 8 + [True] * 2
     assert all(torch.equal(a, b) for a, b in zip(named, plain, strict=True))
+
+    network, coded = CAE(TINY), []
+    network.class_encoder.register_forward_pre_hook(lambda _, given: coded.append(given[0]))
+    plain.clear()
+    warm_up(network, discriminator, images, y, replace(TRAIN, warm_up=3), 0)
+    assert all(torch.equal(a, prepare(b, TINY)) for a, b in zip(coded[:3], plain, strict=True))
 
 
 def test_distilling_is_its_slow_definition() -> None:
