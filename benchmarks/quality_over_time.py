@@ -50,7 +50,8 @@ class Options:
     minutes: tuple[float, ...] = (2, 5, 10, 20, 35)
     """When to look, in CPU minutes (a minute of two threads is two)."""
     whole: float = 35.0
-    """CPU minutes that `quick` takes here: for fewer, it gets that share of its warm-ups, pairs and average."""
+    """CPU minutes that `quick` takes here, reckoned from whole runs: for fewer, it gets that share of its warm-ups,
+    pairs and average."""
     presets: tuple[Compared, ...] = ("quick", "paper")
     """Presets to train, one after the other."""
     image_size: int = 64
