@@ -48,7 +48,7 @@ def main(folder: str, command: str) -> None:
     """Append the rows of one run."""
     run = Run(folder)
     common = {"date": datetime.date.today().isoformat(), "machine": machine(), "cores": os.cpu_count(),
-              "commit": run.state["git"][:10], "command": command}  # fmt: skip
+              "commit": run.state["git"].replace(run.state["git"][10:40], ""), "command": command}  # fmt: skip
     append(TABLE, [
         common | {"stage": stage, "measure": measure, "value": f"{value:.4g}"}
         for (stage, measure), value in numbers(run).items()

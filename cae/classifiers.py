@@ -21,6 +21,9 @@ from cae.config import ClassifierConfig
 
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
+ROUNDED_TO_0 = 1e-7
+"""What a probability of 0 is taken for, about float32's step below 1: it was rounded, and the logarithm of a smaller
+number would outweigh all else that a map is made of."""
 PROBE = (128, 128)  # the images that a classifier for any size is tried on when it is opened
 
 
@@ -131,7 +134,7 @@ class BlackBox(nn.Module):
         if y.numel() == len(y):  # of two classes the second one's
             y = y.reshape(-1, 1)
             y = torch.cat([torch.zeros_like(y) if self.outputs == "logits" else 1 - y, y], 1)
-        return y if self.outputs == "logits" else y.clamp(min=torch.finfo(y.dtype).tiny).log()
+        return y if self.outputs == "logits" else torch.where(y > 0, y, ROUNDED_TO_0).log()
 
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:

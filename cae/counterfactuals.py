@@ -60,9 +60,9 @@ def sparsity(images: Tensor, counterfactuals: Tensor, threshold: float = 0.1) ->
 
 
 def penultimate(classifier: nn.Module) -> Features:
-    """The function from images to features (B, D): what the classifier's last linear layer is given.
+    """The function from images to features (B, D): what the linear layer that the classifier calls last is given.
 
-    Raises ValueError if it has no linear layer.
+    Raises ValueError if it has no linear layer; the function does, if it calls none.
     """
     layers = [module for module in classifier.modules() if isinstance(module, nn.Linear)]
     if not layers:
@@ -70,12 +70,15 @@ def penultimate(classifier: nn.Module) -> Features:
 
     def features(images: Tensor) -> Tensor:
         given: list[Tensor] = []
-        handle = layers[-1].register_forward_pre_hook(lambda _, args: given.append(args[0]))
+        handles = [layer.register_forward_pre_hook(lambda _, args: given.append(args[0])) for layer in layers]
         try:
             classifier(images)
         finally:
-            handle.remove()
-        return given[0].flatten(1)
+            for handle in handles:
+                handle.remove()
+        if not given:
+            raise ValueError("the classifier calls none of its linear layers: pass a feature function of your own")
+        return given[-1].flatten(1)
 
     return features
 

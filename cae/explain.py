@@ -57,13 +57,6 @@ class Explanation:
     """(B, K + 1) b's probability of the target class for each frame."""
 
 
-@torch.no_grad()
-def swap(cae: CAE, x: Tensor, donors: Tensor) -> tuple[Tensor, Tensor]:
-    """Reconstructions of images x (B, 3, H, W), and the same images with the class codes of the donors."""
-    class_code, individual_code = cae.encode(x)
-    return cae.decode(class_code, individual_code), cae.decode(cae.encode(donors)[0], individual_code)
-
-
 def images_at_once(x: Tensor, blackbox: BlackBox) -> int:
     """How many images of the size of x (B, 3, H, W) to give the networks in one batch, by their pixels.
 

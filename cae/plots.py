@@ -69,13 +69,12 @@ def manifold(
 def perturbation_curves(
     curves: Mapping[str, np.ndarray],
     covered: np.ndarray,
-    intervals: Mapping[str, np.ndarray] | None = None,
     title: str = "",
 ) -> Figure:
     """Drop of b's probability (S,) as the top-ranked share `covered` (S,) of the image is destroyed (Eqs. 11, 12).
 
-    intervals: (2, S) low and high ends, drawn as bands. Controls (see CONTROLS) are dashed and grey, methods solid,
-    those that begin with "CAE" thickest. The legend is ordered by the mean of each curve over its steps.
+    Controls (see CONTROLS) are dashed and grey, methods solid, those that begin with "CAE" thickest. The legend is
+    ordered by the mean of each curve over its steps.
     """
     if not curves or any(np.shape(y) != np.shape(covered) for y in curves.values()):
         raise ValueError(f"perturbation_curves: every curve must have the shape of `covered`, {np.shape(covered)}")
@@ -98,9 +97,6 @@ def perturbation_curves(
             covered, curves[name], color=colour, linestyle=style, linewidth=width, zorder=zorder, marker=marker,
             markersize=4, markevery=max(1, len(covered) // 10),
         )  # fmt: skip
-        if intervals is not None and name in intervals:
-            low, high = intervals[name]
-            ax.fill_between(covered, low, high, color=colour, alpha=0.2 if headline else 0.08, lw=0, zorder=1)
     order.sort(key=lambda name: -float(np.mean(curves[name])))
     ax.legend(
         [drawn[name] for name in order], [f"{np.mean(curves[name]):+.3f}   {name}" for name in order],

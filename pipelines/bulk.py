@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -224,7 +223,7 @@ def decode_all(images: list[bytes], size: int, fit: Fit) -> tuple[np.ndarray, li
         except UnreadableImage as error:
             return np.zeros((size, size, 3), np.uint8), str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         decoded = list(pool.map(one, images))
     return np.stack([array for array, _ in decoded]), [reason for _, reason in decoded]
 

@@ -67,7 +67,7 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
         _train(run, options, names)
     bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
          spec=spec, names=names, size=options.model.image_size, fit=options.fit, **where(options))  # fmt: skip
-    accuracy = _accuracy(run, names)
+    accuracy = accuracy_table(run, names)
     run.write("evaluation/accuracy.csv", accuracy.to_csv(index=False).encode())
     tracking.log_folder(run, "evaluation/accuracy.csv")
     if not options.classifier:
@@ -84,7 +84,7 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
     return {"says": says, "spec": spec, "classes": names, "differentiable": differentiable, **metrics}
 
 
-def _accuracy(run: Run, names: tuple[str, ...]) -> pd.DataFrame:
+def accuracy_table(run: Run, names: tuple[str, ...]) -> pd.DataFrame:
     """One row a split: accuracy, balanced accuracy, recall of each class, on the images with labels."""
     from sklearn.metrics import balanced_accuracy_score, recall_score  # here: slow to import, and workers need it not
 

@@ -21,10 +21,13 @@ from pipelines.run import Run, RunOptions, flat
 
 # Of this call only, not to be the next one's defaults.
 FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
-# Least values of options that no other part looks at before hours of work.
+# Least and greatest values of options that no other part looks at before hours of work.
 LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draws": 1, "evaluated": 0, "overlays": 0,
          "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1,
-         "class_dim": 2, "resnet.batch": 1}  # fmt: skip
+         "class_dim": 2, "resnet.batch": 1, "resnet.epochs": 0, "resnet.min_steps": 0, "resnet.lr": 0, "epochs": 0,
+         "lr": 0, "disc_lr": 0, "class_lr": 0, "weight_decay": 0, "lr_halvings": 0, "warm_up": 0, "recon_warm_up": 0,
+         "flip": 0, "ema": 0, "dropout": 0, **{field.name: 0 for field in dataclasses.fields(LossWeights)}}  # fmt: skip
+MOST = {"flip": 1, "ema": 1, "dropout": 1}
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -69,6 +72,9 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     for name, least in LEAST.items():
         if table.get(name, least) < least:
             raise UserError(f"--{name.replace('_', '-')} is {table[name]}: it must be {least} at least")
+    for name, most in MOST.items():
+        if table.get(name, most) > most:
+            raise UserError(f"--{name.replace('_', '-')} is {table[name]}: it must be {most} at most")
     size = table.get("image_size", 32)
     if size % 4 or size < 32:
         raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")
@@ -97,7 +103,10 @@ def _tracking_uri(options: RunOptions, folder: str) -> str:
 def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> None:
     """The command line of a stage: parse, run, and show a user's mistake as one line."""
     try:
-        main(parse(options_class))
+        options = parse(options_class)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        main(options)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     except Exception as error:
@@ -124,9 +133,10 @@ def read_best(path: str) -> dict[str, dict[str, Any]]:
 
 
 def _peek(argv: list[str], name: str) -> str | None:
-    for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            return argv[i + 1]
+    """The value of an option, of several the last one, as tyro takes it."""
+    for word, after in reversed(list(zip(argv, [*argv[1:], None], strict=True))):
+        if word == f"--{name}" and after is not None:
+            return after
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
     return None

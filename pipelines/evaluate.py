@@ -23,6 +23,7 @@ from cae.peers.table import peers
 from pipelines import run as runs
 from pipelines import tables, tracking
 from pipelines.bulk import Unit, bulk, read_table, read_unit, shard_units
+from pipelines.classify import accuracy_table
 from pipelines.cluster import connect, where
 from pipelines.command_line import command
 from pipelines.explain import ExplainOptions, path_options
@@ -78,8 +79,13 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
     maps = tables.map_rows(rows)
     told = {kind: peer.told for name, peer in peers().items() for kind in (name, name + SMOOTHED)}
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
+    said = read_table(run, "predictions", ["id", "probabilities"])
+    said = said.filter(pc.is_in(said["id"], pa.array(rows.id)))
+    said = dict(zip(said["id"].to_pylist(), said["probabilities"].to_pylist(), strict=True))
     found = {
+        "accuracy": accuracy_table(run, names),
         "swap_success": tables.swap_table(rows, names),
+        "confidence": tables.confidence_table(rows, said),
         "counterfactuals": tables.counterfactual_table(rows),
         "separability": tables.separability_table(codes, options.seed),
         "perturbation": tables.perturbation_table(maps, told),
@@ -100,10 +106,10 @@ def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
             found["time_per_map"] = tables.time_table(_times(run))
     for name, table in found.items():
         run.write(f"evaluation/{name}.csv", table.to_csv(index=False).encode())
+        tracking.log_folder(run, f"evaluation/{name}.csv")
     write_report(run, options, rows, maps, found, plan.headline, names)
     for name in ("figures", "report.html"):
         tracking.log_folder(run, name, whole=True)
-    tracking.log_folder(run, "evaluation")
     numbers = headline_numbers(found, plan.headline)
     swaps = ", ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in numbers.items()
                       if key.startswith("swap_success/") and key.count("/") == 1)  # fmt: skip

@@ -30,7 +30,7 @@ from pipelines.embed import EmbedOptions
 from pipelines.maps import ArchiveWorker, ExplainWorker
 from pipelines.mistakes import UserError
 from pipelines.run import Run
-from pipelines.ways import read_medoids, read_ways
+from pipelines.ways import check_donors, read_medoids, read_ways
 
 Split = Literal["train", "val", "test", "archive"]
 DEFAULT_SPLITS: tuple[Split, ...] = ("val", "test", "archive")
@@ -94,9 +94,8 @@ class ArchiveOptions(ExplainOptions):
 def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     """Explain every image of the splits asked for; returns the share of each status."""
     chosen = run.result("classify")
-    options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
+    options = replace(options, mode=check(options, chosen))
     connect()
-    check_targets(options, chosen["classes"])
     held = run.result("shard")["counts"]
     for wanted in options.splits:
         if wanted not in held and wanted not in DEFAULT_SPLITS:
@@ -133,8 +132,7 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
 def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, Any]:
     """Explain every image of an archive by the finished run `model`, into `run`; returns counts by status."""
     chosen = model.result("classify")
-    options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
-    check_targets(options, chosen["classes"])
+    options = replace(options, mode=check(options, chosen))
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
     _refuse_other(run, model, listing(units, found.version))
@@ -161,10 +159,17 @@ def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, 
     }
 
 
-def check_targets(options: ExplainOptions, names: list[str]) -> None:
-    """Raise UserError where `--targets` names no class of the classifier."""
+def check(options: ExplainOptions, chosen: dict[str, Any]) -> Mode:
+    """The mode, as far as `auto` hangs on the classifier, of which stage classify noted down `chosen`.
+
+    Raises UserError where `--targets` names no class of it, ValueError for a `--mode` that it cannot do, and UserError
+    for more `--donors` than there are.
+    """
+    names = chosen["classes"]
     if options.targets not in ("runner-up", "all", *names):
         raise UserError(f"--targets {options.targets}: choose runner-up, all, or one of {', '.join(names)}")
+    check_donors(options)
+    return choose_mode(options.mode, chosen.get("differentiable", True))
 
 
 def _share_overlays(units: list[Unit], overlays: int) -> None:

@@ -45,19 +45,19 @@ class FullOptions(evaluate.EvaluateOptions, tune.TuneOptions):
     trials: tyro.conf.Suppress[int] = 1
 
 
-def _check_targets(options: FullOptions) -> None:
-    """Raise UserError for wrong `--targets` as soon as the classes are known, and not after the training.
+def _check_explain(options: FullOptions) -> None:
+    """Refuse what stage explain would as soon as the classifier is known, and not after the training.
 
-    The stages before have noted them down as what further calls of the run take: forgotten here.
+    The stages before have noted it down as what further calls of the run take: forgotten here.
     """
     run = Run(options.run)
     if run.done("classify"):
         try:
-            explain.check_targets(options, run.result("classify")["classes"])
-        except UserError:
-            if run.state["options"].get("targets") == options.targets:
-                run.state["options"].pop("targets")
-                run.save()
+            explain.check(options, run.result("classify"))
+        except ValueError:
+            for name in ("targets", "mode", "counter", "donors"):
+                run.state["options"].pop(name, None)
+            run.save()
             raise
 
 
@@ -79,7 +79,7 @@ def main(options: FullOptions) -> None:
         for name in stages:
             renewed = options.again and name in ("shard", "classify")  # which may change the classes
             if "explain" in stages and not renewed:
-                _check_targets(options)
+                _check_explain(options)
             if name == "tune":
                 tune.main(replace(options, trials=options.tune))
                 options = tune.best_of(run, options)

@@ -31,7 +31,7 @@ from pipelines.cluster import place
 from pipelines.run import Run
 from pipelines.ways import Ways
 
-CURVE = 0.15  # share of the image to which perturbation curves are drawn: twice the headline's
+CURVE = 0.3  # share of the image to which perturbation curves are drawn
 HEADLINE = 0.075  # share of the image over which AOPC is taken: the paper's 100 patches of 7x7 on 256x256
 AREA_STEPS = 10  # of the insertion and deletion curves
 STRIDES = (2, 4)  # of the encoders' convolutions and of the decoder's upsampling

@@ -83,7 +83,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             f"{sum(shard['counts'].values()):,} images of {options.dataset} in {counts}; {shard['rejected']} files "
             "were no readable images (shards/rejected.parquet says why). What is explained are the classifier's "
             f"{explained}.",
-            tables=_frame("Classifier on every split", _read_csv(run, "evaluation/accuracy.csv")),
+            tables=table("Classifier on every split", "accuracy"),
         ),
         Section(
             "Swapping class codes",
@@ -91,6 +91,8 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             "good embedding changes what the classifier looks at and keeps the individual.",
             shown("swaps", "swap_grid", "swap_classes"),
             table("Swap success, and how often the reconstruction keeps the class (Table IV)", "swap_success")
+            + table("The same by how sure the classifier is of the image: its probability of the class that it gives",
+                    "confidence")
             + table("Generated images: whether the classifier sees the class that they are made for, how far they are "
                     "from the image, how much of its individual code they keep (beside that of other images), distance "
                     "(KID) to real images of the class, share of monotone paths", "counterfactuals")

@@ -32,7 +32,8 @@ class RunOptions:
 
     dataset: str = ""
     """A named data set (synthetic, chest_xray, brain_tumor, oct, brain_tumor1, brain_tumor2, face, pneumoniamnist), or
-    the path of a folder of images or an .npz file in MedMNIST's layout."""
+    a path or URL: a folder of images, a .zip or .tar archive, a list of paths or URLs (.csv, .tsv, .parquet),
+    .parquet with images, or an .npz file in MedMNIST's layout."""
     preset: Preset = "quick"
     """Sizes of the networks and of their training: `paper` (256 pixels, the authors' network), `standard` (128, one
     GPU) or `quick` (64, minutes on a CPU). The default is `standard` where there is a GPU, else `quick`."""
@@ -54,8 +55,8 @@ class RunOptions:
     start first, as many as `--workers` says."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic inside the networks. `auto`: bfloat16 in trainings on GPUs that have it, float32 in all else.
-    `bfloat16`: in all stages, but for the gradients that maps are made of; faster on GPUs and on CPUs with AMX (others
-    emulate it), and probabilities move by up to 0.01."""
+    `bfloat16`: in all stages, but for the gradients that maps are made of; faster on GPUs and on CPUs with AMX or
+    AVX512-BF16 (others emulate it), and probabilities move by up to 0.01."""
     workers: int = 0
     """Training processes (DDP), and actors of the bulk stages. 0: one per GPU; without any, one to train and one actor
     per core, as far as there are 1000 images for each."""
@@ -63,8 +64,9 @@ class RunOptions:
     """Open classifiers whose files may hold pickles, which can do anything with this account: whole networks saved by
     torch.save, and .pt2 files with more than a network and tensors. For this call only."""
     threads: int = 0
-    """CPU threads of all processes on a machine together, to leave cores to others. 0: one per core. For this
-    call only: another on the same run folder must say it again."""
+    """CPU threads of all the processes of a stage on a machine together, to leave cores to others (t-SNE, in stage
+    embed, takes all the same). 0: one per core. For this call only: another on the same run folder must say it
+    again."""
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
@@ -73,12 +75,12 @@ FREE = {"run", "tracking_uri", "experiment", "device", "precision", "workers", "
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),
-    "classify": ("checkpoints/classify", "classifier", "predictions"),
+    "classify": ("checkpoints/classify", "classifier", "predictions", "evaluation/accuracy.csv"),
     "tune": ("checkpoints/tune", "tune"),
     "train": ("checkpoints/train", "cae"),
     "embed": ("codes", "manifold"),
     "explain": ("explanations", "overlays"),
-    "evaluate": ("evaluation/images", "evaluation/times", "figures"),
+    "evaluate": ("evaluation", "figures", "report.html"),
 }
 
 
@@ -271,7 +273,7 @@ def _versions() -> dict[str, str]:
 
 def _git_commit() -> str:
     here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git here

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from cae import counterfactuals, metrics
 
 SEPARATED = 20_000  # codes a split that the forest learns from, at most
 KID_IMAGES = 10  # of a class, real and generated, that KID is taken of, at least
 DIP = 0.01  # how far the probability may fall along a path that still counts as monotone
+CONFIDENCE = (0.0, 0.7, 0.9, 0.99, 1.01)  # the classifier's, of an image's class, from and below the next
 COMPARED = ["method", "images", "value", "cae_minus_this", "low", "high"]
 LOCALISED = {
     "pointing": "pointing_game",
@@ -196,23 +198,38 @@ def swap_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     """
     out = []
     for split, part in rows.dropna(subset="donor").groupby("split"):
-        part = part.astype({"swap_target": int, "swap_predicted": int})
         groups: list[tuple[str, pd.DataFrame]] = [("all", part)]
-        groups += [(f"{names[a]} to {names[b]}", g) for (a, b), g in part.groupby(["source", "swap_target"])]
-        for direction, group in groups:
-            row = {
-                "split": split,
-                "direction": direction,
-                "images": len(group),
-                "success": float((group.swap_predicted == group.swap_target).mean()),
-                "reconstruction_keeps_class": float((group.reconstruction_predicted == group.source).mean()),
-                "reconstruction_error": float(group.reconstruction_error.mean()),
-            }
-            if group.oracle_swap.notna().any():
-                row |= {"oracle_success": float((group.oracle_swap == group.swap_target).mean()),
-                        "oracle_agrees_on_images": float((group.oracle_image == group.source).mean())}  # fmt: skip
-            out.append(row)
+        groups += [(f"{names[a]} to {names[int(b)]}", g) for (a, b), g in part.groupby(["source", "swap_target"])]
+        out += [{"split": split, "direction": direction} | _swapped(group) for direction, group in groups]
     return pd.DataFrame(out, columns=None if out else ["split", "direction", "images", "success"])
+
+
+def confidence_table(rows: pd.DataFrame, probabilities: Mapping[str, ArrayLike]) -> pd.DataFrame:
+    """Table IV by split and how sure b is of the image: `probabilities` has those of the classes (C,) by `id`.
+
+    A reconstruction is a little off, so where b wavers between two classes it may have the other one.
+    """
+    sure = rows.id.map({name: float(np.max(p)) for name, p in probabilities.items()})
+    known = rows.assign(confidence=pd.cut(sure, CONFIDENCE, right=False)).dropna(subset=["donor", "confidence"])
+    out = [
+        {"split": split, "confidence_from": share.left, "to": min(share.right, 1.0)} | _swapped(group)
+        for (split, share), group in known.groupby(["split", "confidence"], observed=True)
+    ]
+    return pd.DataFrame(out, columns=None if out else ["split", "confidence_from", "to", "images", "success"])
+
+
+def _swapped(rows: pd.DataFrame) -> dict[str, Any]:
+    """What Table IV has of some images that were given the class codes of their donors."""
+    row = {
+        "images": len(rows),
+        "success": float((rows.swap_predicted == rows.swap_target).mean()),
+        "reconstruction_keeps_class": float((rows.reconstruction_predicted == rows.source).mean()),
+        "reconstruction_error": float(rows.reconstruction_error.mean()),
+    }
+    if rows.oracle_swap.notna().any():
+        row |= {"oracle_success": float((rows.oracle_swap == rows.swap_target).mean()),
+                "oracle_agrees_on_images": float((rows.oracle_image == rows.source).mean())}  # fmt: skip
+    return row
 
 
 def separability_table(codes: pd.DataFrame, seed: int) -> pd.DataFrame:

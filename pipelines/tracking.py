@@ -167,7 +167,7 @@ def log_folder(run: Run, folder: str, whole: bool = False) -> None:
         if os.path.isdir(local):
             client.log_artifacts(run_id, local, folder)
         else:
-            client.log_artifact(run_id, local)
+            client.log_artifact(run_id, local, os.path.dirname(folder) or None)
 
 
 def log_dataset(name: str, source: str, digest: str, **counts: int) -> None:

@@ -86,14 +86,18 @@ class Ways:
         return donors, self.known.guided(np.stack(starts), straight[:, 0]).astype(np.float32) if guided else straight
 
 
+def check_donors(options: ExplainOptions) -> None:
+    """Raise UserError for more `--donors` than `--counter` has."""
+    most = MOST_DONORS.get(options.counter, 1)
+    if options.donors > most:
+        raise UserError(f"--donors {options.donors}: of --counter {options.counter} there are {most} at most")
+
+
 def read_ways(run: Run, options: ExplainOptions) -> Ways:
     """What a run's codes and options say of the ways. Raises UserError for options that cannot be followed."""
     table = read_table(run, "codes", ["id", "split", "predicted", "class_code"])
     training = table.filter(pc.equal(table["split"], "train"))
     training = training.take(np.random.default_rng(options.seed).permutation(len(training)))
-    most = MOST_DONORS.get(options.counter, 1)
-    if options.donors > most:
-        raise UserError(f"--donors {options.donors}: of --counter {options.counter} there are {most} at most")
     targets, ends = options.targets, {}
     if options.counter == "medoid":
         ends = read_medoids(run)

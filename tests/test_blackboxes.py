@@ -241,7 +241,24 @@ def test_probabilities_of_nothing_are_no_reason_to_fail() -> None:
             return torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
 
     p = BlackBox(Certain(), ("a", "b"), outputs="probabilities").probabilities(images(2))
-    assert p.isfinite().all() and p.allclose(torch.tensor([[0.0, 1.0]]), atol=1e-30)
+    assert p.isfinite().all() and p.allclose(torch.tensor([[0.0, 1.0]]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("digits", "cliff"), [(4, 7.0), (6, 2.4), (None, 1.2)])
+def test_what_rounds_to_probability_0_is_near_what_just_does_not(digits: int | None, cliff: float) -> None:
+    """A cliff in the logits there would outweigh all that a map is made of."""
+
+    class Rounded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            p = torch.sigmoid(20 * x.mean((1, 2, 3)))
+            return p if digits is None else (p.double() * 10**digits).round().float() / 10**digits
+
+    brightness = torch.linspace(0, 1, 2001)
+    grey = brightness[:, None, None, None].expand(-1, 3, 4, 4)
+    logits = BlackBox(Rounded(), ("a", "b"), outputs="probabilities")(grey)
+    lead, true = logits[:, 1] - logits[:, 0], 20 * brightness
+    assert torch.allclose(lead[true < 5], true[true < 5], atol=0.02)
+    assert lead.diff().abs().max() < cliff and lead.max() < 16.7
 
 
 def test_paths_become_absolute_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,13 +83,38 @@ def test_broken_options() -> None:
 def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) -> None:
     for words, says in {
         ("--image-size", "50"): "multiple of 4", ("--steps", "-1"): "--steps is -1",
-        ("--smooth", "-1"): "--smooth is -1", ("--draws", "0"): "--draws is 0",
+        ("--smooth", "-1"): "--smooth is -1", ("--draws", "0"): "--draws is 0", ("--epochs", "-3"): "--epochs is -3",
+        ("--cla1", "-1"): "--cla1 is -1", ("--flip", "7"): "--flip is 7.0: it must be 1 at most",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=says):
             parse(full.FullOptions, ["--dataset", "synthetic", "--run", str(tmp_path / "r"), *words])
     given = ["--dataset", "a/b/", "--run", str(tmp_path / "r"), "--tracking-uri", "sqlite:///here.db"]
     options = parse(full.FullOptions, given)
     assert options.tracking_uri == f"sqlite:///{Path.cwd()}/here.db" and options.dataset == "a/b"
+
+
+def test_what_explain_cannot_do_is_refused_before_the_training(tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "run"))
+    for words, says in {
+        ("--mode", "evidence"): "needs the classifier's gradient", ("--donors", "99"): "--donors 99",
+        ("--targets", "c"): "--targets c", ("--counter", "x.png#1", "--donors", "2"): "there are 1 at most",
+    }.items():  # fmt: skip
+        run.state = {"options": {}, "stages": {
+            "classify": {"options": {}, "result": {"classes": ["a", "b"], "differentiable": False}}}}  # fmt: skip
+        run.save()
+        options = parse(full.FullOptions, ["--dataset", "synthetic", "--run", run.folder, *words])
+        run.state["options"] = {"mode": options.mode, "donors": options.donors, "targets": options.targets}
+        run.save()  # as the stages before do
+        with pytest.raises(ValueError, match=says):
+            full._check_explain(options)
+        assert not Run(run.folder).state["options"]  # what was wrong is not the next call's default
+
+
+def test_of_an_option_given_twice_the_last_one_counts(tmp_path: Path) -> None:
+    words = ["--preset", "paper", "--dataset", "a", "--dataset=synthetic", "--preset", "quick"]
+    options = parse(full.FullOptions, words)
+    assert options.preset == "quick" and options.model == PRESETS["quick"].model
+    assert options.dataset == "synthetic" and options.run.endswith("synthetic-quick")
 
 
 def test_stage_without_the_ones_before_it(tmp_path: Path) -> None:

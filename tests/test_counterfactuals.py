@@ -118,6 +118,12 @@ def test_penultimate_features_are_what_the_last_layer_is_given() -> None:
         assert features.shape == (2, 512)
         torch.testing.assert_close(net.fc(features), net(images))
     assert not net.fc._forward_pre_hooks
+    net.spare = nn.Linear(7, 7)  # which forward never calls
+    assert torch.equal(counterfactuals.penultimate(net)(images), features)
+    with pytest.raises(ValueError, match="calls none"):
+        convolution = nn.Conv2d(3, 4, 1)
+        convolution.spare = net.spare
+        counterfactuals.penultimate(convolution)(images)
     with pytest.raises(ValueError, match="no linear layer"):
         counterfactuals.penultimate(nn.Conv2d(3, 4, 1))
 

@@ -21,13 +21,12 @@ from worlds import (
     crossing,
     explain,
     image,
-    paint,
     run,
 )
 
 import cae.explain
 from cae.classifiers import BlackBox
-from cae.explain import Mode, along, over_donors, swap
+from cae.explain import Mode, along, over_donors
 from cae.networks import CAE
 
 torch.set_num_threads(1)
@@ -386,15 +385,3 @@ def test_several_donors_make_one_explanation() -> None:
     assert over_donors(each, [1] * 7) is each
     wrong = run(x[:2], [1, 1], [2, 2], [[-0.3, 0.9], [-0.3, 0.8]])
     assert over_donors(wrong, [2]).status == ["reconstruction_flipped"]
-
-
-def test_swap() -> None:
-    x, donors = (
-        torch.cat([image(-0.2, -0.5, 1), image(0.6, 0.1, 2)]),
-        torch.cat([image(0.9, 0, 3), image(-0.7, 0.7, 4)]),
-    )
-    reconstructed, swapped = swap(TOY, x, donors)
-    assert torch.allclose(blob_means(reconstructed), blob_means(x), atol=1e-6)
-    assert torch.allclose(blob_means(swapped), blob_means(donors), atol=1e-6)
-    assert torch.allclose(swapped - paint(blob_means(donors)), reconstructed - paint(blob_means(x)), atol=1e-6)
-    assert B.probabilities(swapped).argmax(1).tolist() == [1, 2]

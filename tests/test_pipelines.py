@@ -179,7 +179,7 @@ def test_stage_progress_is_one_line_each(finished: Path) -> None:
     for stage in ("shard", "classify", "train", "embed", "explain", "evaluate"):
         assert len(re.findall(rf"^{stage}  .*\(\d+ s\)$", out, re.M)) == 1
     assert "report    " in out and "mlflow ui" in out
-    assert TINY and json.dumps(state(finished)["versions"])
+    assert state(finished)["versions"]["torch"] == torch.__version__.split("+")[0]
     assert (
         pq.read_schema(next((finished / "explanations").rglob("*.parquet"))).field("map").type.value_type == "halffloat"
     )
@@ -386,12 +386,9 @@ def test_npz_archives_keep_their_splits_and_the_order_of_their_labels(tmp_path: 
     assert (rows.label.astype(str) == rows.class_name).all()
 
 
-SHAPES = Path(__file__).parents[2] / "shared/reference/authors_state_dict_shapes.json"
-
-
-@pytest.mark.skipif(not SHAPES.exists(), reason=f"{SHAPES} is missing: it lists the authors' tensors")
 def test_a_generator_of_the_authors_takes_the_place_of_training(tmp_path: Path) -> None:
-    shapes = json.loads(SHAPES.read_text())["generator"]
+    names = Path(__file__).with_name("reference") / "authors_state_dict_shapes.json"
+    shapes = json.loads(names.read_text())["generator"]
     generator = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
     torch.save({"ab": generator}, tmp_path / "gen_00200000.pt")
     run = {

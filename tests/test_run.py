@@ -61,6 +61,15 @@ def test_a_stage_dropped_halfway_is_dropped_by_the_next_call(tmp_path: Path, mon
     assert set(Run(str(tmp_path)).state["stages"]) == {"classify"}
 
 
+def test_no_table_or_page_of_an_older_cae_is_left(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    for name in ("evaluation/swap_success.csv", "evaluation/accuracy.csv", "report.html", "figures/swaps.png"):
+        run.write(name, b"old")
+    run.state["stages"] = {name: {"options": {}, "result": {}} for name in ("classify", "train", "evaluate")}
+    runs._start_over(run, "train")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.json"]
+
+
 @pytest.mark.parametrize(("rate", "read"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.0941, "5.6/min")])
 def test_slow_rates_are_told_by_the_minute(rate: float, read: str) -> None:
     assert pace(rate) == read

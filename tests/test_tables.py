@@ -193,10 +193,23 @@ def test_tables_of_nothing_are_empty_and_have_columns() -> None:
     perturbation = tables.perturbation_table(maps, {})
     empty = [perturbation, tables.agreement_table(perturbation), tables.localisation_table(maps),
              tables.skipped_table(none, maps, {}), tables.counterfactual_table(none),
-             tables.new_code_table(none, NAMES), tables.swap_table(none, NAMES)]  # fmt: skip
+             tables.new_code_table(none, NAMES), tables.swap_table(none, NAMES),
+             tables.confidence_table(none, {})]  # fmt: skip
     for table in empty:
         assert table.empty and len(table.columns) > 2
     assert tables.ways_by_direction(none, "test", NAMES) == {}
+
+
+def test_swaps_are_told_by_how_sure_the_classifier_is_of_the_image() -> None:
+    sure = {"a": [0.4, 0.6], "b": [0.7, 0.3], "c": [0.8, 0.2], "d": [0.0, 1.0], "e": [0.0, 1.0]}
+    rows = pd.DataFrame({
+        "id": list("abcde"), "split": "test", "donor": ["x", "x", "x", "x", None], "source": [1, 0, 0, 1, 1],
+        "swap_target": [0, 1, 1, 0, None], "swap_predicted": [0, 1, 0, 0, None],
+        "reconstruction_predicted": [0, 0, 0, 1, 0], "reconstruction_error": 0.1, "oracle_swap": None,
+    })  # fmt: skip
+    table = tables.confidence_table(rows, sure)
+    assert table[["confidence_from", "to", "images"]].to_numpy().tolist() == [[0, 0.7, 1], [0.7, 0.9, 2], [0.99, 1, 1]]
+    assert table.success.tolist() == [1, 0.5, 1] and table.reconstruction_keeps_class.tolist() == [0, 1, 1]
 
 
 def test_new_codes_are_counted_by_their_class() -> None:
