@@ -48,8 +48,8 @@ class ExplainOptions(EmbedOptions):
     counter: str = "medoid"
     """Where a path ends: at the class code of a training image to which the classifier gives the target class.
     `medoid`: of those near the class's mean the surest to flip; `random`: one drawn for each image; `nearest`: the one
-    nearest to the image's own code, at the border and less sure to flip. Or the id of an image of the run: then its
-    class, by the classifier, is the target of every image."""
+    nearest to the image's own code, at the border and less sure to flip; neither is one that stands among the codes of
+    another class. Or the id of an image of the run: then its class, by the classifier, is the target of every image."""
     donors: int = 1
     """Counter codes for each image and target. The map is the mean of theirs, and counts as flipped if at least half
     of their paths flip."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REFERENCE_CODES = 5000  # training codes that a code's distance is taken to, and that guided paths run among
 DONOR_CODES = 1000  # training codes a class among which random and nearest counter codes are found
+VOTERS = 15  # training codes that say whether one of these stands among its own class
 MOST_DONORS = {"medoid": CANDIDATES, "random": 32, "nearest": 32}  # that an image may have; of a given image: itself
 
 
@@ -102,8 +103,15 @@ def read_ways(run: Run, options: ExplainOptions) -> Ways:
     if options.counter == "medoid":
         ends = read_medoids(run)
     elif options.counter in MOST_DONORS:
+        from sklearn.neighbors import KNeighborsClassifier  # here: slow to import, and workers need it not
+
+        among = training.slice(0, REFERENCE_CODES)
+        vote = KNeighborsClassifier(min(VOTERS, len(among))).fit(_codes(among), among["predicted"])
         for label in sorted(training["predicted"].unique().to_pylist()):
             part = training.filter(pc.equal(training["predicted"], label)).slice(0, DONOR_CODES)
+            # Not those that stand among another class: they flip nothing, and for its images they are the nearest.
+            own = vote.predict(_codes(part)) == label
+            part = part.filter(pa.array(own)) if own.any() else part
             ends[label] = part["id"].to_pylist(), _codes(part)
     else:
         image = table.filter(pc.equal(table["id"], options.counter))

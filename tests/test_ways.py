@@ -16,7 +16,7 @@ from cae import classifiers, training
 from cae.explain import explain
 from cae.images import decode, to_tensor
 from cae.manifold import TrainingCodes
-from pipelines.bulk import matrix, read_table, read_unit, shard_units
+from pipelines.bulk import matrix, read_table, read_unit, shard_units, write_table
 from pipelines.classify import PredictWorker
 from pipelines.command_line import parse
 from pipelines.embed import EmbedWorker
@@ -80,6 +80,22 @@ def test_random_counter_codes_differ_between_images_and_seeds_and_reach_all() ->
     assert set(found) == set(IDS[2])
     other = [own[0] for own in ways("random", seed=1).find(names, codes, targets)[0]]
     assert np.mean([a != b for a, b in zip(found, other, strict=True)]) > 0.8
+
+
+@pytest.mark.parametrize("counter", ["random", "nearest"])
+def test_no_way_ends_at_a_code_that_stands_among_another_class(tmp_path: Path, counter: str) -> None:
+    codes = np.concatenate([rng.normal(0, 1, (40, 4)), rng.normal(9, 1, (40, 4))]).astype(np.float32)
+    predicted = np.repeat([0, 1], 40)
+    predicted[[3, 50]] = [1, 0]
+    table = pa.table({
+        "id": [f"image {k}" for k in range(80)], "split": ["train"] * 80, "predicted": pa.array(predicted, pa.int32()),
+        "class_code": pa.array(list(codes), pa.list_(pa.float32())),
+    })  # fmt: skip
+    write_table(Run(str(tmp_path)), "codes/train.parquet", table)
+    (tmp_path / "run.json").write_text('{"options": {"dataset": "x"}, "stages": {}}')
+    found = read_ways(Run(str(tmp_path)), options(tmp_path, "--counter", counter))
+    held = {label: {int(name.split()[1]) for name in found.ends[label][0]} for label in (0, 1)}
+    assert held == {0: set(range(40)) - {3}, 1: set(range(40, 80)) - {50}}
 
 
 def test_targets() -> None:

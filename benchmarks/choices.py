@@ -1,0 +1,123 @@
+"""Which path, counter code, number of them and blur make the best maps? AOPC over disjoint patches, on split val.
+
+Of a finished run, on images that the classifier gets right, in the run's mode: the defaults, and each of the choices
+that explain has instead, one at a time, under every fill and by their mean, with the mean of the choice's value minus
+the defaults' and its 95% interval (paired over images). Test is not looked at. The table goes to a CSV beside this
+file.
+
+python benchmarks/choices.py --run runs/chest_xray-quick
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import tyro
+from methods import networks
+from record import append, machine
+from torch import Tensor
+
+from cae import metrics
+from cae.classifiers import BlackBox
+from cae.explain import choose_mode, explain, over_donors
+from cae.images import to_tensor
+from cae.networks import CAE
+from pipelines.bulk import read_images, read_table
+from pipelines.command_line import parse
+from pipelines.explain import ExplainOptions, path_options
+from pipelines.maps import BATCH
+from pipelines.measure import HEADLINE, waypoints_of
+from pipelines.run import Run
+from pipelines.ways import read_ways
+
+TABLE = Path(__file__).with_suffix(".csv")
+DEFAULTS = "defaults"
+CHOICES: Mapping[str, dict[str, Any]] = {
+    DEFAULTS: {},
+    "4 donors": {"donors": 4},
+    "random": {"counter": "random"},
+    "4 random": {"counter": "random", "donors": 4},
+    "nearest": {"counter": "nearest"},
+    "4 nearest": {"counter": "nearest", "donors": 4},
+    "guided": {"path": "guided"},
+    "8 steps": {"steps": 8},
+    "margin 0.5": {"margin": 0.5},
+    "not smoothed": {"smooth": 0.0},
+    "smooth 0.025": {"smooth": 0.025},
+    "smooth 0.1": {"smooth": 0.1},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    run: str
+    """Finished run folder."""
+    images: int = 200
+    """Images of the split val, at most."""
+    draws: int = 5
+    """Random fills that AOPC under noise is averaged over."""
+    seed: int = 0
+    """Seed of the choice of images and of the noise."""
+
+
+@torch.no_grad()
+def maps_by(run: Run, options: ExplainOptions, cae: CAE, blackbox: BlackBox, ids: list[str], x: Tensor,
+            source: Tensor, target: Tensor) -> tuple[Tensor, float]:  # fmt: skip
+    """Maps (N, S, S) of images x (N, 3, S, S) as stage explain makes them, and the share that flipped."""
+    ways, maps, flipped = read_ways(run, options), [], 0
+    how = path_options(replace(options, mode=choose_mode(options.mode, blackbox.differentiable)))
+    for rows in torch.arange(len(x)).split(BATCH):
+        waypoints, counts = waypoints_of(ways, [ids[i] for i in rows], cae.encode(x[rows])[0], target[rows])
+        each = rows.repeat_interleave(torch.tensor(counts))
+        found = over_donors(explain(cae, blackbox, x[each], source[each], target[each], waypoints, **how), counts)
+        maps.append(found.map)
+        flipped += found.status.count("flipped")
+    return torch.cat(maps), flipped / len(x)
+
+
+def main(options: Options) -> None:
+    """Measure every choice and append to the table."""
+    run = Run(options.run)
+    blackbox, cae = networks(run)
+    table = read_table(run, "predictions", ["id", "split", "label", "predicted", "probabilities"]).to_pandas()
+    right = table[(table.split == "val") & (table.label == table.predicted)]
+    chosen = right.sample(min(options.images, len(right)), random_state=options.seed)
+    base = parse(ExplainOptions, ["--run", options.run])
+    x = to_tensor(read_images(run, chosen.id.to_numpy(), base.model.image_size, base.fit))
+    order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(1, descending=True)
+    source, target = order[:, 0], order[:, 1]
+    steps = metrics.disjoint_steps(base.model.image_size, HEADLINE)
+    rows, first = [], torch.zeros(0)
+    for name, changes in CHOICES.items():
+        heat, flipped = maps_by(run, replace(base, **changes), cae, blackbox, chosen.id.to_list(), x, source, target)
+        by_fill = {
+            fill: metrics.perturbation_curve(
+                blackbox, x, heat, source, steps=steps, fill=fill, seed=options.seed,
+                draws=options.draws if fill == "uniform" else 1,
+            ).mean(1)
+            for fill in get_args(metrics.Fill)
+        }  # fmt: skip
+        mean = torch.stack(list(by_fill.values())).mean(0)
+        first = mean if name == DEFAULTS else first
+        difference, low, high = metrics.paired_bootstrap(mean, first)
+        rows.append({
+            "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+            "images": len(x), "choice": name, "flipped": f"{flipped:.3f}",
+            **{fill: f"{float(value.mean()):.3f}" for fill, value in by_fill.items()},
+            "mean": f"{float(mean.mean()):.3f}", "this_minus_defaults": f"{difference:.3f}",
+            "low": f"{low:.3f}", "high": f"{high:.3f}",
+        })  # fmt: skip
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine", "run")), flush=True)
+    append(TABLE, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
