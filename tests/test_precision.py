@@ -86,7 +86,9 @@ def test_maps_of_trained_networks_are_float32_and_nearly_the_same(finished: Path
     for name, full in maps[0].items():
         half = maps[1][name]
         assert half.dtype == torch.float32 and half.shape == (8, 32, 32)
-        assert rank_correlation(full, half).mean() > 0.95, name
+        ranked = full.flatten(1).std(1) > 0  # Grad-CAM may find nothing in an image: no ranking, the same map
+        assert ranked.sum() >= 4 and torch.equal(full[~ranked], half[~ranked]), name
+        assert rank_correlation(full[ranked], half[ranked]).mean() > 0.95, name
 
 
 @pytest.mark.slow
