@@ -96,6 +96,7 @@ def check_donors(options: ExplainOptions) -> None:
 
 def read_ways(run: Run, options: ExplainOptions) -> Ways:
     """What a run's codes and options say of the ways. Raises UserError for options that cannot be followed."""
+    check_donors(options)
     table = read_table(run, "codes", ["id", "split", "predicted", "class_code"])
     training = table.filter(pc.equal(table["split"], "train"))
     training = training.take(np.random.default_rng(options.seed).permutation(len(training)))
