@@ -54,9 +54,8 @@ def _check_explain(options: FullOptions) -> None:
     if run.done("classify"):
         try:
             explain.check(options, run.result("classify"))
-        except ValueError:
-            for name in ("targets", "mode", "counter", "donors"):
-                run.state["options"].pop(name, None)
+        except ValueError as error:
+            run.state["options"].pop(str(error).split()[0].removeprefix("--"), None)  # which it begins with
             run.save()
             raise
 
