@@ -32,10 +32,11 @@ class Projections:
     """(N, 2), t-SNE; NaN beyond TSNE_POINTS points."""
 
 
-def project(codes: np.ndarray, training: np.ndarray, seed: int = 0) -> Projections:
-    """Project codes (N, D) to the plane; `training` (N,) says which are training codes."""
+def project(codes: np.ndarray, training: np.ndarray, seed: int = 0, threads: int | None = None) -> Projections:
+    """Project codes (N, D) to the plane, on so many threads at most; `training` (N,) says which are training codes."""
     from sklearn.decomposition import PCA  # in functions: workers need none of scikit-learn, slow to import
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     fitted = codes[training] if training.sum() > 2 else codes
     pca = PCA(2, random_state=seed).fit(fitted)
@@ -44,7 +45,8 @@ def project(codes: np.ndarray, training: np.ndarray, seed: int = 0) -> Projectio
     perplexity = min(30.0, max(1.0, (len(chosen) - 1) / 4))
     # Codes that are all equal have no axes to start from: scikit-learn would divide by zero and crash the process.
     init = "pca" if np.ptp(codes[chosen], axis=0).any() else "random"
-    tsne[chosen] = TSNE(2, perplexity=perplexity, init=init, random_state=seed).fit_transform(codes[chosen])
+    with threadpool_limits(threads):  # t-SNE's own `n_jobs` is of its search for neighbours only
+        tsne[chosen] = TSNE(2, perplexity=perplexity, init=init, random_state=seed).fit_transform(codes[chosen])
     first, second = pca.explained_variance_ratio_ if np.ptp(fitted, axis=0).any() else (0.0, 0.0)
     return Projections(pca.transform(codes), (float(first), float(second)), tsne)
 

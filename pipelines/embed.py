@@ -60,7 +60,7 @@ def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
     codes = matrix(table["class_code"])
     ids, splits = np.array(table["id"].to_pylist()), np.array(table["split"].to_pylist())
     known = splits == "train"
-    projections = manifold.project(codes, known, options.seed)
+    projections = manifold.project(codes, known, options.seed, options.threads or None)
     write_table(run, "manifold/projections.parquet", pa.table({
         "id": ids, "split": splits, "predicted": table["predicted"],
         "pca_1": projections.pca[:, 0], "pca_2": projections.pca[:, 1],

@@ -64,9 +64,8 @@ class RunOptions:
     """Open classifiers whose files may hold pickles, which can do anything with this account: whole networks saved by
     torch.save, and .pt2 files with more than a network and tensors. For this call only."""
     threads: int = 0
-    """CPU threads of all the processes of a stage on a machine together, to leave cores to others (t-SNE, in stage
-    embed, takes all the same). 0: one per core. For this call only: another on the same run folder must say it
-    again."""
+    """CPU threads of all the processes of a stage on a machine together, to leave cores to others. 0: one per core. For
+    this call only: another on the same run folder must say it again."""
 
 
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from cae import manifold
 from cae.manifold import TrainingCodes, medoids, project, smote_codes
@@ -73,6 +75,22 @@ def test_tsne_keeps_neighbours_together_and_is_repeatable() -> None:
     neighbours = KNeighborsClassifier(6).fit(found.tsne, labels)
     assert neighbours.score(found.tsne, labels) == 1
     assert np.array_equal(project(codes, training, seed=1).tsne, found.tsne)
+
+
+def test_tsne_leaves_cores_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fit_transform(_: TSNE, codes: np.ndarray) -> np.ndarray:
+        asked.append(max(library["num_threads"] for library in threadpool_info()))
+        return codes[:, :2]
+
+    monkeypatch.setattr(TSNE, "fit_transform", fit_transform)
+    codes, _ = clusters()
+    with threadpool_limits(3):  # as many as nobody says, whatever the machine has
+        project(codes, np.ones(len(codes), bool))
+        project(codes, np.ones(len(codes), bool), threads=2)
+        project(codes, np.ones(len(codes), bool))
+    assert asked == [3, 2, 3]
 
 
 def test_tsne_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
