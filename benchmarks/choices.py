@@ -2,8 +2,8 @@
 
 Of a finished run, on images that the classifier gets right, in the run's mode: the defaults, and each of the choices
 that explain has instead, one at a time, under every fill and by their mean, with the mean of the choice's value minus
-the defaults' and its 95% interval (paired over images). Test is not looked at. The table goes to a CSV beside this
-file.
+the defaults' and its 95% interval (paired, images of one patient or group drawn together). Test is not looked at. The
+table goes to a CSV beside this file.
 
 python benchmarks/choices.py --run runs/chest_xray-quick
 """
@@ -34,6 +34,7 @@ from pipelines.explain import ExplainOptions, path_options
 from pipelines.maps import BATCH
 from pipelines.measure import HEADLINE, waypoints_of
 from pipelines.run import Run
+from pipelines.shard import read_index
 from pipelines.ways import read_ways
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -90,6 +91,9 @@ def main(options: Options) -> None:
     table = read_table(run, "predictions", ["id", "split", "label", "predicted", "probabilities"]).to_pandas()
     right = table[(table.split == "val") & (table.label == table.predicted)]
     chosen = right.sample(min(options.images, len(right)), random_state=options.seed)
+    index = read_index(run)
+    group_of = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
+    groups = np.array([group_of[name] for name in chosen.id])
     base = parse(ExplainOptions, ["--run", options.run])
     x = to_tensor(read_images(run, chosen.id.to_numpy(), base.model.image_size, base.fit))
     order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(1, descending=True)
@@ -107,7 +111,7 @@ def main(options: Options) -> None:
         }  # fmt: skip
         mean = torch.stack(list(by_fill.values())).mean(0)
         first = mean if name == DEFAULTS else first
-        difference, low, high = metrics.paired_bootstrap(mean, first)
+        difference, low, high = metrics.paired_bootstrap(mean, first, groups=groups)
         rows.append({
             "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
             "images": len(x), "choice": name, "flipped": f"{flipped:.3f}",

@@ -70,12 +70,13 @@ def main(options: Options) -> None:
     blackbox = place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")
     cae = place(training.load(run.path("cae")), "cpu")
     table = read_table(run, "codes", ["id", "split"]).to_pandas()
-    ids = table[table.split == "test"].id.sample(options.images, random_state=0).to_numpy()
-    counters = read_counter_codes(run)
+    ids = table[table.split == "test"].id
+    ids = ids.sample(min(options.images, len(ids)), random_state=0).to_numpy()
+    counters, fit = read_counter_codes(run), run.state["options"]["fit"]
     rows = []
     for size in options.sizes:
-        x = to_tensor(read_images(run, ids, size, "crop"))
-        examples = to_tensor(read_images(run, np.array([counters[c][0] for c in sorted(counters)]), size, "crop"))
+        x = to_tensor(read_images(run, ids, size, fit))
+        examples = to_tensor(read_images(run, np.array([counters[c][0] for c in sorted(counters)]), size, fit))
         p = blackbox.probabilities(x)
         source, target = p.argmax(1), p.argsort(1, descending=True)[:, 1]
         codes = torch.from_numpy(np.stack([counters[c][1] for c in target.tolist()]))

@@ -127,14 +127,17 @@ def differences(rows: pd.DataFrame, expected: pd.DataFrame) -> dict[str, int]:
     same = (both.status == both.status_now) & (both.error.fillna("") == both.error_now.fillna(""))
     for name in NUMBERS:
         same &= np.isclose(both[name], both[f"{name}_now"], atol=CLOSE, equal_nan=True)
-    maps = np.array([
-        (a is None and b is None) or np.allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-2, atol=CLOSE)
-        for a, b in zip(both["map"], both["map_now"], strict=True)
-    ])  # fmt: skip
+    maps = np.array([_same_map(a, b) for a, b in zip(both["map"], both["map_now"], strict=True)])
     return {
         "rows": len(rows), "lost": len(expected) - len(both), "doubled": int((counts - 1).sum()),
         "other_values": int((~(same & maps)).sum()),
     }  # fmt: skip
+
+
+def _same_map(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return np.allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-2, atol=CLOSE)
 
 
 def main(options: Options) -> None:

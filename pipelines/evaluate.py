@@ -196,7 +196,7 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
         for name in (measured if full else right.iloc[order[:SWAPS]]).id:
             tasks[name] = tasks.get(name, nothing) | {"located": True}
         for name in measured.id:
-            tasks[name] |= {"measured": True}
+            tasks[name] = tasks.get(name, nothing) | {"measured": True}
         if split == headline:  # a few of every class, chosen by the seed and not by their looks
             for _, of_class in measured.groupby("predicted"):
                 for name in of_class.id[: max(1, SHOWN // measured.predicted.nunique())]:
@@ -219,10 +219,14 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
 
 
 def _cut(tasks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Tasks in units: MEASURED of those whose maps are measured in each, and all others, which cost little, in one."""
+    """Tasks in units: MEASURED of those whose maps are measured in each, and all others, which cost little, in one.
+
+    An archive's neighbours are often of one class and one patient, so a unit's images come from all over the shard.
+    """
     costly = [task for task in tasks if task["measured"] or task["located"]]
     cheap = [task for task in tasks if not (task["measured"] or task["located"])]
-    return [costly[start : start + MEASURED] for start in range(0, len(costly), MEASURED)] + ([cheap] if cheap else [])
+    count = -(-len(costly) // MEASURED)
+    return [costly[first::count] for first in range(count)] + ([cheap] if cheap else [])
 
 
 def _spread_new_codes(codes: pd.DataFrame, tasks: dict[str, dict[str, Any]], split: str, seed: int) -> dict[str, str]:

@@ -58,8 +58,14 @@ def methods(
 
     def of_cae(how: dict[str, Any], x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor,
                counts: list[int]) -> Tensor:  # fmt: skip
-        each = torch.arange(len(x), device=x.device).repeat_interleave(torch.tensor(counts, device=x.device))
-        return over_donors(explain(cae, blackbox, x[each], source[each], target[each], waypoints, **how), counts).map
+        maps, first = [], 0
+        for rows in torch.arange(len(x)).split(max(1, AT_ONCE // max(counts))):  # of many donors fewer images at once
+            own = counts[rows[0] : rows[-1] + 1]
+            each, there = rows.repeat_interleave(torch.tensor(own)).to(x.device), waypoints[first : first + sum(own)]
+            paths = explain(cae, blackbox, x[each], source[each], target[each], there, **how)
+            maps.append(over_donors(paths, own).map)
+            first += sum(own)
+        return torch.cat(maps)
 
     def of_peer(maps: Callable[[BlackBox, Tensor, Tensor], Tensor], x: Tensor, source: Tensor, *_: Any) -> Tensor:
         return maps(blackbox, x, source).detach()
@@ -172,7 +178,7 @@ class MeasureWorker:
         seen = self._see(table["image"].to_pylist())
         rows = self._rows(unit, table["id"].to_pylist(), seen)
         if len(rows) > 1:  # how much codes of different images are alike: what `identity` is to be read against
-            others = counterfactuals.identity(seen.individual, seen.individual.roll(1, 0))
+            others = counterfactuals.identity(seen.individual, seen.individual.roll(len(rows) // 2, 0))
             for row, value in zip(rows, others.tolist(), strict=True):
                 row["identity_of_others"] = value
         swaps = [i for i, task in enumerate(tasks) if task["donor"] is not None]

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from typing import get_args
 
@@ -26,8 +26,10 @@ from cae.images import decode, to_tensor
 from cae.metrics import Fill
 from cae.networks import from_authors
 from cae.peers.table import peers
-from pipelines.bulk import listing, read_images, shard_units
-from pipelines.evaluate import NEW_CODES, _cut
+from pipelines import evaluate, measure
+from pipelines.bulk import listing, read_images, shard_units, split_of
+from pipelines.command_line import parse
+from pipelines.evaluate import NEW_CODES, EvaluateOptions, _cut, make_plan
 from pipelines.explain import ExplainOptions
 from pipelines.maps import ExplainWorker
 from pipelines.measure import CONTROLS, MeasureWorker
@@ -325,9 +327,36 @@ def test_units_of_evaluate_are_cut_by_what_is_measured() -> None:
     tasks = [{"row": i, "measured": i % 3 > 1, "located": i % 3 > 0} for i in range(100)]
     cut = _cut(tasks)
     assert sorted(task["row"] for unit in cut for task in unit) == list(range(100))
-    assert [sum(task["measured"] or task["located"] for task in unit) for unit in cut] == [16, 16, 16, 16, 2, 0]
+    assert [sum(task["measured"] or task["located"] for task in unit) for unit in cut] == [14, 13, 13, 13, 13, 0]
+    # Neighbours, who may be one patient, are not measured side by side.
+    assert all(b["row"] - a["row"] >= 5 for unit in cut[:-1] for a, b in pairwise(unit))
     cheap = [{"row": i, "measured": False, "located": False} for i in range(256)]
     assert _cut([]) == [] and _cut(cheap) == [cheap]
+
+
+def test_more_images_are_measured_than_are_swapped_where_so_many_are_asked_for(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "SWAPS", 2)
+    options = parse(EvaluateOptions, ["--run", str(finished), "--evaluated", "4"])
+    for split, units in groupby(make_plan(Run(str(finished)), options).units, split_of):
+        tasks = [task for unit in units for task in unit["tasks"]]
+        swapped, measured = (sum(bool(task[what]) for task in tasks) for what in ("donor", "measured"))
+        assert swapped == 2 < measured <= 4, split
+
+
+def test_maps_of_many_donors_are_made_of_few_images_at_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, x = Run(str(finished)), torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blackbox, cae = classifiers.load(str(finished / "classifier")), training.load(run.path("cae"))
+    waypoints, counts = torch.randn(6, 1, cae.config.class_dim, generator=torch.Generator().manual_seed(1)), [2, 1, 3]
+    how = {"mode": "contrast", "smooth": 0.0}
+    method = measure.methods(blackbox, cae, {"CAE": how}, full=False)["CAE"]
+    source, seen, real = torch.zeros(3, dtype=torch.long), [], measure.explain
+    monkeypatch.setattr(measure, "explain", lambda *given, **more: seen.append(len(given[2])) or real(*given, **more))
+    at_once = method(x, source, 1 - source, waypoints, counts)
+    monkeypatch.setattr(measure, "AT_ONCE", 6)
+    torch.testing.assert_close(method(x, source, 1 - source, waypoints, counts), at_once)
+    assert seen == [6, 3, 3]
 
 
 def test_a_listing_tells_what_there_is_to_do_and_not_how_the_code_writes_it() -> None:

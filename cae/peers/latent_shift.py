@@ -26,11 +26,13 @@ def latent_shift(
     c and s are the class and individual code of the images (B, 3, H, W), G the decoder of `cae`, p the probability of
     each image's `target` (B,) for the classifier at G(c, s), and c' = c - a * g / |g|^2 with g the gradient by c of its
     log odds, which has the direction of that of p. As in the authors' code, a is searched: it grows by `step` and a
-    tenth of itself, `steps` times at most, until p has fallen by `fall` or below 0.05, or no longer falls. Unlike
+    tenth of itself, `steps` times at most, until p has fallen by `fall` or below 0.05, or rises again. Unlike
     there, only the class code is shifted, a counts log odds, by which they would fall if everything were linear, so
-    that it is the same for codes in any units, and no share of changed pixels ends the search. Where g is 0, so is the
-    map.
+    that it is the same for codes in any units, one step at least is taken, and no share of changed pixels ends the
+    search. Where g is 0, so is the map. Raises ValueError for fewer than two frames.
     """
+    if frames < 2:
+        raise ValueError(f"frames is {frames}: a difference needs two")
     with torch.no_grad():
         class_code, individual_code = cae.encode(images)
     class_code.requires_grad_()
