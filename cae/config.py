@@ -78,9 +78,8 @@ class LossWeights:
     cla2: float = 2.0
     """phi2: the discriminator names the class of images, Eq. 9."""
     keep: float = 0.0
-    """Beyond the paper: D_c gives the reconstruction the image's own class, or, with the class heads `blackbox` and
-    `both`, b says of it what it says of the image, and as surely. Without it a short training on two classes may learn
-    to invert the class whatever the code."""
+    """Beyond the paper: D_c (b, for the class heads `blackbox` and `both`) gives the reconstruction the image's own
+    class. Without it a short training on two classes may learn to invert the class whatever the code."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from cae.networks import CAE, Discriminator
 
 Terms = dict[str, Tensor]
 GRADIENT: tuple[ClassHead, ...] = ("blackbox", "both")  # class heads that descend through the black box
-TEMPERATURE = 4.0  # that a classifier's view of an image is softened by where it is to be learned
 
 
 def partner(x: Tensor) -> Tensor:
@@ -76,16 +75,6 @@ def keep(class_logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(class_logits, y)
 
 
-def distil(class_logits: Tensor, said: Tensor) -> Tensor:
-    """T^2 times the divergence, in nats, of softmax(class_logits / T) from softmax(said / T), logits (N, C) both.
-
-    Softened probabilities (Hinton, Vinyals, Dean 2015) tell how sure a classifier is, and of which class next; and an
-    image between two classes stays between them.
-    """
-    own, goal = ((logits / TEMPERATURE).log_softmax(1) for logits in (class_logits, said))
-    return TEMPERATURE**2 * F.kl_div(own, goal, reduction="batchmean", log_target=True)
-
-
 class GeneratorObjective(nn.Module):
     """Eq. 7: x (2B, 3, H, W), y (2B,) -> named terms before weights, "loss_g" their weighted sum, and the swaps.
 
@@ -128,7 +117,7 @@ class GeneratorObjective(nn.Module):
         if self.both:
             terms["cla1"] = terms["cla1"] + cla1(logits[:n, 2:], partner(y))
         if w.keep:
-            terms["keep"] = keep(class_logits[n:], y) if blackbox is None else distil(class_logits[n:], blackbox(x))
+            terms["keep"] = keep(class_logits[n:], y)
         terms["loss_g"] = 2 * torch.stack([getattr(w, name) * term for name, term in terms.items()]).sum()
         # Codes that shrink towards one point carry no class any more.
         terms["code_scale"] = c.detach().std(0).mean()

@@ -26,7 +26,6 @@ from cae.losses import (
     DiscriminatorObjective,
     GeneratorObjective,
     choose_class_head,
-    distil,
     needs_blackbox,
     recon_x,
 )
@@ -266,11 +265,7 @@ def _learn_classes(cae: CAE, discriminator: Discriminator, batches: Iterator[tup
         if teacher is not None and next(to_mix, None) is not None:
             x = mixed(x, chance)
         logits = head(cae.class_encoder(prepare(x, cae.config)))
-        if teacher is None:
-            return named + F.cross_entropy(logits, y)
-        with torch.no_grad():
-            said = teacher(x)
-        return named + distil(logits, said)
+        return named + (F.cross_entropy(logits, y) if teacher is None else _distil(logits, x, teacher))
 
     with learned_statistics(cae.class_encoder):
         return _descend_once(rates, loss, batches, config.warm_up, bf16) / 2
@@ -289,6 +284,14 @@ def _to_unit_scale(cae: CAE, x: Tensor) -> None:
     if scale > 1e-4:  # else all codes are alike, and stay so
         last.bias.sub_(code.mean(0)).div_(scale)
         last.weight.div_(scale)
+
+
+def _distil(logits: Tensor, x: Tensor, teacher: nn.Module) -> Tensor:
+    """T^2 times the divergence, in nats, of softmax(logits / T) from what the teacher says of images x, at T too."""
+    with torch.no_grad():
+        said = (teacher(x).float() / TEMPERATURE).log_softmax(1)
+    own = (logits.float() / TEMPERATURE).log_softmax(1)
+    return TEMPERATURE**2 * F.kl_div(own, said, reduction="batchmean", log_target=True)
 
 
 def _learn_images(cae: CAE, batches: Iterator[tuple[Tensor, Tensor]], config: TrainConfig, bf16: bool) -> float:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 import cae.training
 from cae.config import LossWeights, ModelConfig
 from cae.images import to_array, to_tensor
-from cae.losses import distil
 from cae.networks import CAE, Discriminator, prepare
-from cae.training import Trainer, _to_unit_scale, disturb, mixed, warm_up
+from cae.training import TEMPERATURE, Trainer, _distil, _to_unit_scale, disturb, mixed, warm_up
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -88,11 +87,11 @@ def test_class_encoder_learns_what_its_teacher_says_and_class_head_learns_the_la
 
     agrees: list[float] = []
 
-    def watched(logits: Tensor, said: Tensor) -> Tensor:
-        agrees.append(float((logits.argmax(1) == said.argmax(1)).float().mean()))
-        return distil(logits, said)
+    def watched(logits: Tensor, images: Tensor, teacher: nn.Module) -> Tensor:
+        agrees.append(float((logits.argmax(1) == teacher(images).argmax(1)).float().mean()))
+        return _distil(logits, images, teacher)
 
-    monkeypatch.setattr(cae.training, "distil", watched)
+    monkeypatch.setattr(cae.training, "_distil", watched)
     warm_up(network, discriminator, to_array(x), y.numpy(), replace(TRAIN, warm_up=60), 0, teacher=Wrong())
     # Of disturbed images, some of which are hardly bright or dark; the labels' class would agree on next to none.
     assert len(agrees) == 60 and sum(agrees[-10:]) / 10 > 0.95
@@ -166,6 +165,17 @@ def test_images_are_mixed_for_the_teacher_alone_and_not_in_the_last_steps(monkey
     plain.clear()
     warm_up(network, discriminator, images, y, replace(TRAIN, warm_up=3), 0)
     assert all(torch.equal(a, prepare(b, TINY)) for a, b in zip(coded[:3], plain, strict=True))
+
+
+def test_distilling_is_its_slow_definition() -> None:
+    x, logits = toy_batch(0, 3)[0], torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    said, own = ((values / TEMPERATURE).exp().double() for values in (Brightness()(x), logits))
+    said, own = (values / values.sum(1, keepdim=True) for values in (said, own))
+    slow = TEMPERATURE**2 * sum(
+        float(p[k] * (p[k] / q[k]).log()) for p, q in zip(said, own, strict=True) for k in range(2)
+    ) / len(x)  # fmt: skip
+    assert float(_distil(logits, x, Brightness())) == pytest.approx(slow, rel=1e-4)
+    assert float(_distil(Brightness()(x) + 3, x, Brightness())) == pytest.approx(0, abs=1e-5)
 
 
 def test_images_are_disturbed_alike_with_and_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
