@@ -140,7 +140,7 @@ def test_one_class_makes_no_pairs() -> None:
 @pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox", "both"])
 def test_a_toy_is_learned(class_head: Any) -> None:
     trainer = make_trainer(replace(TRAIN, lr=4e-3, class_head=class_head))
-    history = [{name: float(term) for name, term in trainer.step(*toy_batch(i, pairs=2)).items()} for i in range(40)]
+    history = [{name: float(term) for name, term in trainer.step(*toy_batch(i, pairs=2)).items()} for i in range(80)]
     names = {"recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "loss_g", "code_scale", "adv2", "cla2", "loss_d"}
     assert set(history[0]) == names | ({"distil"} if class_head == "distilled" else set())
     first, last = ({n: np.mean([h[n] for h in part]) for n in names} for part in (history[:5], history[-5:]))
