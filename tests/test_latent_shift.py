@@ -73,6 +73,11 @@ def test_latent_shift_ends_its_search_as_the_authors_do(answers: list[float], en
     torch.testing.assert_close(maps, torch.full((2, 4, 4), end))
 
 
+def test_latent_shift_refuses_a_sweep_of_one_frame() -> None:
+    with pytest.raises(ValueError, match="a difference needs two"):
+        latent_shift(LinearLogits(), pictures(1), torch.tensor([0]), cae=ToyCAE(), frames=1)
+
+
 def test_latent_shift_follows_the_gradient_of_a_real_cae() -> None:
     torch.manual_seed(0)
     cae, box = (
