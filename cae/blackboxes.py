@@ -6,6 +6,7 @@ Legend: B images, H height, W width, C classes.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -13,7 +14,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 from urllib.parse import urlsplit
 
@@ -131,6 +132,9 @@ def read_card(spec: str) -> tuple[str, Card]:
         with fsspec.open(path) as file:
             values = json.load(file)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        unknown = [name for name in values if name not in get_type_hints(Card)]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is none of the fields {', '.join(get_type_hints(Card))}")
         card = Card(**values)
     except (FileNotFoundError, NotADirectoryError) as error:
         if given:
@@ -146,6 +150,27 @@ def read_card(spec: str) -> tuple[str, Card]:
     if not card.classifier or card.classifier.endswith(".json"):
         raise ValueError(f'{path} names no classifier: add, say, "classifier": "net.onnx"')
     return resolve(card.classifier, folder=os.path.dirname(path)), card
+
+
+def fingerprint(spec: str) -> str:
+    """A hash of what a classifier is read from: 64 hexadecimal digits.
+
+    Of its files and its card; of a server and a function there is the card alone. Raises ValueError where a file is
+    gone.
+    """
+    spec = spec.removeprefix(TRUSTED)
+    what, card = read_card(spec) if is_foreign(spec) else (spec, Card())
+    # Fields as they are by default are left out: one that is new to the code leaves the hashes as they were.
+    told = {field.name: value for field in fields(card) if (value := getattr(card, field.name)) != field.default}
+    found = hashlib.sha256(repr(told).encode())
+    path = what.rpartition("@")[2]
+    if not is_foreign(what):
+        files = [f"{path}/model.safetensors", f"{path}/config.json"]
+    else:
+        files = [] if what.startswith("http") or FUNCTION.fullmatch(what) else [path]
+    for file in files:
+        found.update(_read(file))
+    return found.hexdigest()
 
 
 def open_foreign(spec: str, card: Card, trusted: bool, built_in: Mapping[str, Create]) -> tuple[nn.Module, Card]:

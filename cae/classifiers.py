@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cae.blackboxes import TRUSTED, is_foreign, open_foreign, read_card
+from cae.blackboxes import FUNCTION, TRUSTED, is_foreign, open_foreign, read_card
 from cae.checkpoint import read_model, save_model
 from cae.config import ClassifierConfig
 
@@ -234,9 +234,11 @@ def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBo
     blackbox.differentiable = logits.requires_grad
     blackbox.classes = card.classes or classes or tuple(str(i) for i in range(outputs))
     if outputs != len(blackbox.classes):
+        no_file = spec.startswith("http") or FUNCTION.fullmatch(spec)
         raise ValueError(
             f"the classifier {spec} has {outputs} outputs and there are {len(blackbox.classes)} classes "
-            f"({', '.join(blackbox.classes)}): name its outputs, in order, under `classes` in the JSON beside it"
+            f"({', '.join(blackbox.classes)}): name its outputs, in order, under `classes` in "
+            + ("a JSON that names it under `classifier`, and give that" if no_file else "the JSON beside it")
         )
     return blackbox
 

@@ -44,7 +44,8 @@ class Explanation:
     """(B, H, W): what appears (> 0) and what vanishes (< 0) on that way, mean over channels."""
     flip_at: Tensor
     """(B,) share of the way to the counter code where b changes its mind, by linear interpolation of the target's lead
-    in log probability between the last frame before and the end of the path used; 1 where it never flipped."""
+    in log probability between the last frame before and the end of the path used; 1 where it never flipped, not a
+    number where nobody looked for it: in one step, without a search, from the path's start to its end."""
     p_source: Tensor
     """(B, 2) b's probability of the source class at the start (the reconstruction) and the end."""
     p_target: Tensor
@@ -173,6 +174,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         p_before[farther], low[farther] = p[~hit], middle[farther]
     behind, ahead = lead(rows, p_before).clamp(max=0), lead(rows, p_end)  # a start that flips by itself is no lead
     flip_at = torch.where(ever, low + (high - low) * behind / (behind - ahead), torch.ones_like(high))
+    if steps == 1 and not refine:
+        flip_at[ever] = torch.nan
 
     # The path used: the steps before the end, then the end for the rest, which weighs nothing.
     ended = rows.new_tensor(range(steps + 1)) >= first[:, None]  # (B, K + 1)
@@ -222,8 +225,8 @@ def over_donors(found: Explanation, counts: list[int]) -> Explanation:
     """Explanations of B images towards several counter codes each, `counts` (B,) of them in turn, as one an image.
 
     Maps and numbers are means over an image's counter codes, those that failed left out unless all did (`flip_at` is 1
-    where one never flipped). The status is `flipped` if at least half of them flipped, else that of the others. Frames
-    are those of the first one: a mean of images shows none of them.
+    where one never flipped, and not a number where nobody looked). The status is `flipped` if at least half of them
+    flipped, else that of the others. Frames are those of the first one: a mean of images shows none of them.
     """
     if all(count == 1 for count in counts):
         return found

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,6 +47,17 @@ def overlay(image: np.ndarray, heat: np.ndarray, alpha: float = 0.75) -> np.ndar
     colour = HEAT(0.33 + 0.67 * level)[..., :3] * 255
     opacity = alpha * level[..., None] ** 1.5
     return np.rint(image * (1 - opacity) + colour * opacity).astype(np.uint8)
+
+
+def captioned(picture: np.ndarray, lines: Sequence[str], height: int = 256) -> np.ndarray:
+    """A picture uint8 (H, W, 3), enlarged by a whole number to about `height` pixels, with lines of text below it."""
+    large = picture.repeat(times := max(1, round(height / len(picture))), 0).repeat(times, 1)
+    font = ImageFont.load_default(15)
+    width = max(large.shape[1], *(int(font.getlength(line)) + 12 for line in lines))
+    strip = Image.new("RGB", (width, 20 * len(lines) + 6), "white")
+    ImageDraw.Draw(strip).multiline_text((6, 3), "\n".join(lines), INK, font)
+    white = np.full((len(large), width - large.shape[1], 3), 255, np.uint8)
+    return np.concatenate([np.concatenate([large, white], 1), np.asarray(strip)])
 
 
 def swaps(

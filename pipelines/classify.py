@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import tyro
 from ray.train.torch import prepare_model
 
 from cae import classifiers
-from cae.blackboxes import resolve
+from cae.blackboxes import fingerprint, resolve
 from cae.config import ClassifierConfig, ModelConfig
 from cae.images import Fit, to_tensor
 from pipelines import run as runs
@@ -36,10 +37,10 @@ from pipelines.bulk import (
     shard_units,
     split_of,
 )
-from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, pace, place, report, where
+from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, pace, place, report, train_workers, where
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
-from pipelines.run import Run
+from pipelines.run import Run, Work
 from pipelines.shard import ShardOptions, read_index
 
 KEPT = 50  # steps, at least, from one checkpoint of the classifier to the next
@@ -55,16 +56,28 @@ class ClassifyOptions(ShardOptions):
     resnet: ClassifierConfig = field(default_factory=ClassifierConfig)
 
 
-def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
-    """Train or load the classifier and write its predictions; returns its accuracy on every split."""
-    connect()
+def prepare(run: Run, options: ClassifyOptions) -> Work:
+    """The work, by a classifier that answers, or images to train one on."""
     names = tuple(run.result("shard")["classes"])
+    spec, differentiable, known = run.path("classifier"), True, None
     if options.classifier:
         spec = resolve(options.classifier, options.trust_pickle)
-        differentiable = classifiers.load(spec, names).differentiable  # fails here, early, on a wrong one
+        differentiable = classifiers.load(spec, names).differentiable
     else:
-        spec, differentiable = run.path("classifier"), True
-        _train(run, options, names)
+        index = read_index(run).to_pandas()
+        known = index[(index.split == "train") & index.label.notna()]
+        if known.empty:
+            raise UserError("no labelled images in train: give a trained classifier with --classifier")
+    connect()
+    train_workers(options, options.resnet.batch)
+    return partial(classify, run, options, names, spec, differentiable, known)
+
+
+def classify(run: Run, options: ClassifyOptions, names: tuple[str, ...], spec: str, differentiable: bool,
+             known: pd.DataFrame | None) -> dict[str, Any]:  # fmt: skip
+    """Train a classifier on `known` images, if any, and write its predictions; returns its accuracy on every split."""
+    if known is not None:
+        _train(run, options, names, known)
     bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
          spec=spec, names=names, size=options.model.image_size, fit=options.fit, **where(options))  # fmt: skip
     accuracy = accuracy_table(run, names)
@@ -81,7 +94,8 @@ def classify(run: Run, options: ClassifyOptions) -> dict[str, Any]:
     says = f"balanced accuracy {shown or 'unknown: no labels'}"
     if not differentiable:
         says += "; the classifier gives outputs only, no gradient"
-    return {"says": says, "spec": spec, "classes": names, "differentiable": differentiable, **metrics}
+    return {"says": says, "spec": spec, "fingerprint": fingerprint(spec), "classes": names,
+            "differentiable": differentiable, **metrics}  # fmt: skip
 
 
 def accuracy_table(run: Run, names: tuple[str, ...]) -> pd.DataFrame:
@@ -126,14 +140,10 @@ class PredictWorker:
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, options: ClassifyOptions, names: tuple[str, ...]) -> None:
-    """Train the built-in ResNet on the train split and save it in `classifier/`."""
-    index = read_index(run).to_pandas()
-    index = index[(index.split == "train") & index.label.notna()]
-    if index.empty:
-        raise UserError("no labelled images in train: give a trained classifier with --classifier")
+def _train(run: Run, options: ClassifyOptions, names: tuple[str, ...], known: pd.DataFrame) -> None:
+    """Train the built-in ResNet on images with an `id` and a `label`, and save it in `classifier/`."""
     fit_torch(run, options, "classify", _train_loop, {
-        "folder": run.folder, "ids": index.id.to_numpy(), "labels": index.label.to_numpy(np.int64), "names": names,
+        "folder": run.folder, "ids": known.id.to_numpy(), "labels": known.label.to_numpy(np.int64), "names": names,
         "config": asdict(options.resnet), "size": options.model.image_size, "fit": options.fit, "seed": options.seed,
     }, options.resnet.batch)  # fmt: skip
 
@@ -199,7 +209,7 @@ OWN = ("fit", "model", "resnet")
 
 def main(options: ClassifyOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("classify", options, classify, OWN, needs=("shard",))
+    return runs.run_stage("classify", options, prepare, OWN, needs=("shard",))
 
 
 if __name__ == "__main__":

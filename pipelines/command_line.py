@@ -17,7 +17,7 @@ import tyro
 
 from cae.config import PRESETS, LossWeights, Preset, TrainConfig
 from pipelines.mistakes import UserError, user_error
-from pipelines.run import Run, RunOptions, flat
+from pipelines.run import PATHS, Run, RunOptions, absolute, flat
 
 # Of this call only, not to be the next one's defaults.
 FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
@@ -27,7 +27,7 @@ LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draw
          "class_dim": 2, "resnet.batch": 1, "resnet.epochs": 0, "resnet.min_steps": 0, "resnet.lr": 0, "epochs": 0,
          "lr": 0, "disc_lr": 0, "class_lr": 0, "weight_decay": 0, "lr_halvings": 0, "warm_up": 0, "recon_warm_up": 0,
          "flip": 0, "ema": 0, "dropout": 0, **{field.name: 0 for field in dataclasses.fields(LossWeights)}}  # fmt: skip
-MOST = {"flip": 1, "ema": 1, "dropout": 1}
+MOST = {"flip": 1, "ema": 1, "dropout": 1, "smooth": 0.5, "margin": 0.99}
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -66,7 +66,8 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     options = tyro.cli(options_class, args=argv, default=default, config=(tyro.conf.AvoidSubcommands,))
     if not options.dataset:
         if stored or not folder:
-            raise UserError("which data? say --dataset synthetic, another name or a path (see --help)")
+            raise UserError("which data? say --dataset synthetic, another name or a path, or --run FOLDER of a run "
+                            "that has been begun (see --help)")  # fmt: skip
         raise UserError(f"{folder} is no run folder yet: say --dataset NAME or PATH to begin one, or another --run")
     table = flat(options)
     for name, least in LEAST.items():
@@ -80,9 +81,9 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")
     if not 0 < table.get("window", 1) <= 1:
         raise UserError(f"--window is {table['window']}: give a share of the image's side, above 0 and at most 1")
-    dataset = options.dataset.rstrip("/") or options.dataset
     folder = folder or options.run
-    return dataclasses.replace(options, run=folder, tracking_uri=_tracking_uri(options, folder), dataset=dataset)
+    paths = {name: absolute(name, table[name]) for name in PATHS if name in table}
+    return dataclasses.replace(options, run=folder, tracking_uri=_tracking_uri(options, folder), **paths)
 
 
 def _tracking_uri(options: RunOptions, folder: str) -> str:

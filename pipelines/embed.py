@@ -6,6 +6,7 @@ Writes `codes/…parquet`, `manifold/projections.parquet` and `manifold/counter_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from pipelines.bulk import (
 from pipelines.cluster import connect, place, where
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
-from pipelines.run import Run
+from pipelines.run import Run, Work
 from pipelines.train import TrainOptions
 
 CANDIDATES = 8  # training images a class that are tried as its counter codes
@@ -45,17 +46,22 @@ class EmbedOptions(TrainOptions):
     """The class codes."""
 
 
-def embed(run: Run, options: EmbedOptions) -> dict[str, Any]:
-    """Write codes, projections and counter codes; returns the variance that two axes show."""
+def prepare(run: Run, options: EmbedOptions) -> Work:
+    """The work, where the classifier sees two classes at least."""
     predicted = read_predicted(run, "train")
     if len(np.unique(predicted)) < 2:
         raise UserError(f"the classifier gives the {len(predicted)} training images fewer than two classes: paths lead "
                         "from one class to another")  # fmt: skip
     connect()
+    return partial(embed, run, options, where(options))
+
+
+def embed(run: Run, options: EmbedOptions, placed: dict[str, Any]) -> dict[str, Any]:
+    """Write codes, projections and counter codes; returns the variance that two axes show."""
     chosen = run.result("classify")
     size, names = options.model.image_size, tuple(chosen["classes"])
     bulk(run, options, "embed", shard_units(run), EmbedWorker, "codes",
-         spec=chosen["spec"], names=names, size=size, fit=options.fit, **where(options))  # fmt: skip
+         spec=chosen["spec"], names=names, size=size, fit=options.fit, **placed)  # fmt: skip
     table = read_table(run, "codes", ["id", "split", "predicted", "class_code"])
     codes = matrix(table["class_code"])
     ids, splits = np.array(table["id"].to_pylist()), np.array(table["split"].to_pylist())
@@ -149,7 +155,7 @@ OWN = ("train", "model")
 
 def main(options: EmbedOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("embed", options, embed, OWN, needs=("shard", "classify", "train"))
+    return runs.run_stage("embed", options, prepare, OWN, needs=("shard", "classify", "train"))
 
 
 if __name__ == "__main__":

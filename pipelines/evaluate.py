@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,8 +16,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cae import classifiers
-from cae.blackboxes import resolve
 from cae.explain import SEARCH_STRAIGHT, Mode, choose_mode
 from cae.manifold import smote_codes
 from cae.peers.table import peers
@@ -29,9 +28,10 @@ from pipelines.command_line import command
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.measure import AT_ONCE, SMOOTHED, MeasureWorker
 from pipelines.report import write_report
-from pipelines.run import Run
+from pipelines.run import Run, Work
 from pipelines.shard import read_index
 from pipelines.timing import TIMED, TimeWorker
+from pipelines.train import open_oracle
 from pipelines.ways import read_ways
 
 SWAPS = 2000  # images a split whose class codes are swapped, at most
@@ -55,19 +55,22 @@ class EvaluateOptions(ExplainOptions):
     """Random fills that AOPC under noise is averaged over; the long curves and areas take one."""
 
 
-def evaluate(run: Run, options: EvaluateOptions) -> dict[str, Any]:
-    """Measure swaps, manifold and maps; write tables, figures and the report; returns the headline numbers."""
-    connect()
+def prepare(run: Run, options: EvaluateOptions) -> Work:
+    """The work: which image to measure how, and by what."""
     chosen = run.result("classify")
     names = tuple(chosen["classes"])
     options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
-    oracle = resolve(options.oracle, options.trust_pickle) if options.oracle else ""
-    if oracle:
-        classifiers.load(oracle, names)  # fails here, early, on a wrong one
-    full = options.tables == "full"
+    oracle = open_oracle(options, chosen)
     plan = make_plan(run, options)
+    connect()
     common = {"spec": chosen["spec"], "names": names, "size": options.model.image_size, "fit": options.fit,
               "ways": read_ways(run, options), "modes": own_modes(options), **where(options)}  # fmt: skip
+    return partial(evaluate, run, options, plan, common, oracle)
+
+
+def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, Any], oracle: str) -> dict[str, Any]:
+    """Measure swaps, manifold and maps; write tables, figures and the report; returns the headline numbers."""
+    names, full = common["names"], options.tables == "full"
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
          oracle=oracle, full=full, draws=options.draws, seed=options.seed, smooth=options.smooth)  # fmt: skip
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()
@@ -177,6 +180,9 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
                     "donor": donor.id, "donor_class": int(donor.predicted), "donor_code": donor.class_code.tolist(),
                 }  # fmt: skip
     skipped: dict[str, str] = {}
+    for split in splits:
+        if codes.predicted[codes.split == split].nunique() < 2:
+            skipped[f"swaps of {split}"] = "the classifier gives all its images one class: there is none to swap with"
     for split in sorted(splits, key=lambda split: split != headline):  # whatever other splits there are
         fine = set(explained[(explained.split == split) & (explained.status != "failed")].id)
         of_split = codes[codes.split == split]
@@ -300,7 +306,7 @@ OWN = ("tables", "evaluated", "draws", "oracle")
 
 def main(options: EvaluateOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("evaluate", options, evaluate, OWN, needs=("shard", "classify", "train", "embed", "explain"))
+    return runs.run_stage("evaluate", options, prepare, OWN, needs=("shard", "classify", "train", "embed", "explain"))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from cae import classifiers, sources
 from cae.explain import Mode, choose_mode
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, read_part, shard_units
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, read_part, read_predicted, shard_units
 from pipelines.cluster import connect, where
 from pipelines.command_line import command
 from pipelines.embed import EmbedOptions
 from pipelines.maps import ArchiveWorker, ExplainWorker
 from pipelines.mistakes import UserError
-from pipelines.run import Run
+from pipelines.run import Run, Work
 from pipelines.ways import check_donors, read_medoids, read_ways
 
 Split = Literal["train", "val", "test", "archive"]
@@ -49,7 +49,8 @@ class ExplainOptions(EmbedOptions):
     """Where a path ends: at the class code of a training image to which the classifier gives the target class.
     `medoid`: of those near the class's mean the surest to flip; `random`: one drawn for each image; `nearest`: the one
     nearest to the image's own code, at the border and less sure to flip; neither is one that stands among the codes of
-    another class. Or the id of an image of the run: then its class, by the classifier, is the target of every image."""
+    another class. Or the id of an image of the run: then its class, by the classifier, is the target of every image
+    (those of that class are then left out)."""
     donors: int = 1
     """Counter codes for each image and target. The map is the mean of theirs, and counts as flipped if at least half
     of their paths flip."""
@@ -91,11 +92,9 @@ class ArchiveOptions(ExplainOptions):
     """The folder (or s3://…) that gets the explanations of --archive."""
 
 
-def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
-    """Explain every image of the splits asked for; returns the share of each status."""
-    chosen = run.result("classify")
-    options = replace(options, mode=check(options, chosen))
-    connect()
+def prepare(run: Run, options: ExplainOptions) -> Work:
+    """The work, on splits that have images, and ways to a class that they are not of already."""
+    options = replace(options, mode=check(options, run.result("classify")))
     held = run.result("shard")["counts"]
     for wanted in options.splits:
         if wanted not in held and wanted not in DEFAULT_SPLITS:
@@ -103,17 +102,25 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     units = shard_units(run, options.splits)
     if not units:
         raise UserError(f"no images in the splits {', '.join(options.splits)}: choose others with --splits")
+    connect()
+    how = explainer(run, options)
+    targets = how["ways"].targets
+    if targets in how["names"]:
+        own = how["names"].index(targets)
+        if all((read_predicted(run, split) == own).all() for split in options.splits):
+            raise UserError(f"the classifier gives every image the class {targets} already: choose other --targets")
+    return partial(explain_images, run, options, units, how)
+
+
+def explain_images(run: Run, options: ExplainOptions, units: list[Unit], how: dict[str, Any]) -> dict[str, Any]:
+    """Explain every image of the splits asked for; returns the share of each status."""
+    held = run.result("shard")["counts"]
     _share_overlays(units, options.overlays)
-    arguments = explainer(run, options)
-    bulk(run, options, "explain", units, ExplainWorker, "explanations", **arguments)
+    bulk(run, options, "explain", units, ExplainWorker, "explanations", **how)
     counts = Counter[tuple[str, str]]()
     for part in list_parts(run, "explanations"):  # one after the other: an archive may have many millions of rows
         told = read_part(run, f"explanations/{part}", ["split", "status"])
         counts.update(zip(told["split"].to_pylist(), told["status"].to_pylist(), strict=True))
-    if not counts:
-        raise UserError(
-            f"the classifier gives every image the class {arguments['ways'].targets} already: choose other --targets"
-        )
     totals, statuses = Counter[str](), Counter[str]()
     for (split, status), count in counts.items():
         totals[split] += count
@@ -129,16 +136,22 @@ def explain_images(run: Run, options: ExplainOptions) -> dict[str, Any]:
     return {"says": says, "statuses": dict(statuses), **metrics}
 
 
-def explain_archive(run: Run, options: ArchiveOptions, model: Run) -> dict[str, Any]:
-    """Explain every image of an archive by the finished run `model`, into `run`; returns counts by status."""
-    chosen = model.result("classify")
-    options = replace(options, mode=check(options, chosen))
+def prepare_archive(run: Run, options: ArchiveOptions, model: Run) -> Work:
+    """The work: every image of an archive by the finished run `model`, into `run`."""
+    options = replace(options, mode=check(options, model.result("classify")))
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
-    _refuse_other(run, model, listing(units, found.version))
-    _share_overlays(units, options.overlays)
     connect()
-    bulk(run, options, "explain", units, ArchiveWorker, "explanations/_parts", **explainer(model, options))
+    return partial(explain_archive, run, options, model, units, listing(units, found.version),
+                   explainer(model, options))  # fmt: skip
+
+
+def explain_archive(run: Run, options: ArchiveOptions, model: Run, units: list[Unit], listed: str,
+                    how: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """Explain every image of an archive; returns counts by status."""
+    _refuse_other(run, model, listed)
+    _share_overlays(units, options.overlays)
+    bulk(run, options, "explain", units, ArchiveWorker, "explanations/_parts", **how)
 
     statuses, reasons = Counter[str](), Counter[str]()
     for part in list_parts(run, "explanations/_parts"):
@@ -227,7 +240,7 @@ NEEDS = ("shard", "classify", "train", "embed")
 
 def main(options: ExplainOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("explain", options, explain_images, OWN, NEEDS)
+    return runs.run_stage("explain", options, prepare, OWN, NEEDS)
 
 
 def run_archive(options: ArchiveOptions) -> dict[str, Any]:
@@ -253,8 +266,7 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
         raise UserError(f"{out} holds explanations by another CAE: choose another --out, or drop them with --again")
     # The new folder is a run folder of this stage alone; it is tracked where the finished run is.
     options = replace(options, run=out, archive=archive, tracking_uri=tracking.store(model, options))
-    work = partial(explain_archive, model=model)
-    return runs.run_stage("explain", options, work, (*OWN, "archive"))
+    return runs.run_stage("explain", options, partial(prepare_archive, model=model), (*OWN, "archive"))
 
 
 if __name__ == "__main__":

@@ -45,15 +45,18 @@ class FullOptions(evaluate.EvaluateOptions, tune.TuneOptions):
     trials: tyro.conf.Suppress[int] = 1
 
 
-def _check_explain(options: FullOptions) -> None:
-    """Refuse what stage explain would as soon as the classifier is known, and not after the training.
+def _check(options: FullOptions, stages: list[str]) -> None:
+    """Refuse what the stages explain and evaluate would as soon as the classifier is known, not after the training.
 
     The stages before have noted it down as what further calls of the run take: forgotten here.
     """
     run = Run(options.run)
     if run.done("classify"):
         try:
-            explain.check(options, run.result("classify"))
+            if "explain" in stages:
+                explain.check(options, run.result("classify"))
+            if "evaluate" in stages:
+                train.open_oracle(options, run.result("classify"))
         except ValueError as error:
             run.state["options"].pop(str(error).split()[0].removeprefix("--"), None)  # which it begins with
             run.save()
@@ -77,8 +80,8 @@ def main(options: FullOptions) -> None:
         print(f"{options.dataset}, preset {options.preset}, run folder {run.folder}", flush=True)
         for name in stages:
             renewed = options.again and name in ("shard", "classify")  # which may change the classes
-            if "explain" in stages and not renewed:
-                _check_explain(options)
+            if not renewed:
+                _check(options, stages)
             if name == "tune":
                 tune.main(replace(options, trials=options.tune))
                 options = tune.best_of(run, options)

@@ -89,10 +89,6 @@ class ExplainWorker:
             else:
                 reason = f"the classifier gives no training image the class {self.names[label]}: no code to walk to"
                 rows.append(self.failed(ids[i], reason, int(p[i].argmax()), label))
-        if self.ways.given:
-            own = next(iter(self.ways.ends))
-            reason = f"the counter image is of the image's own class, {self.names[own]}: no way to another one"
-            rows += [self.failed(ids[i], reason, own, own) for i in (p.argmax(1) == own).nonzero()[:, 0].tolist()]
         for start in range(0, len(images), at_once):
             chosen = slice(start, start + at_once)
             rows += self._explain(arrays, ids, p, images[chosen], targets[chosen], multiple)
@@ -151,8 +147,9 @@ class ExplainWorker:
         ]  # fmt: skip
 
     def _row(self, found: Explanation, k: int) -> dict[str, Any]:
-        row = {
-            "status": found.status[k], "error": "", "flip_at": float(found.flip_at[k]),
+        row: dict[str, Any] = {
+            "status": found.status[k], "error": "",
+            "flip_at": None if found.flip_at[k].isnan() else float(found.flip_at[k]),
             "p_source_start": float(found.p_source[k, 0]), "p_source_end": float(found.p_source[k, 1]),
             "p_target_start": float(found.p_target[k, 0]), "p_target_end": float(found.p_target[k, 1]),
             "reconstruction_error": float(found.reconstruction_error[k]),
@@ -167,11 +164,15 @@ class ExplainWorker:
         return row
 
     def _overlay(self, image: np.ndarray, row: dict[str, Any]) -> None:
-        if row["status"] == "failed":
-            return
-        picture = figures.overlay(image, row["map"].astype(np.float32).reshape(self.size, self.size))
+        heat = row["map"].astype(np.float32).reshape(self.size, self.size)
+        source, target = (self.names[row[which]] for which in ("source", "target"))
+        says = (
+            f"{source} to {target}: {row['status']}",
+            f"p({target}) {row['p_target_start']:.2f} to {row['p_target_end']:.2f}, map up to {heat.max():.1e}",
+        )
+        picture = np.concatenate([image, figures.overlay(image, heat)], 1)
         name = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in row["id"])[-120:]
-        self.run.write(f"overlays/{name}.png", encode_png(np.concatenate([image, picture], 1)))
+        self.run.write(f"overlays/{name}.png", encode_png(figures.captioned(picture, says)))
 
 
 class ArchiveWorker:

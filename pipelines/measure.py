@@ -25,7 +25,7 @@ from cae.images import Fit, blur, load, to_tensor
 from cae.metrics import Fill
 from cae.networks import CAE
 from cae.peers import controls
-from cae.peers.table import peers
+from cae.peers.table import Peer, peers
 from pipelines.bulk import Unit, decode_all, read_unit, split_of
 from pipelines.cluster import place
 from pipelines.run import Run
@@ -67,8 +67,10 @@ def methods(
             first += sum(own)
         return torch.cat(maps)
 
-    def of_peer(maps: Callable[[BlackBox, Tensor, Tensor], Tensor], x: Tensor, source: Tensor, *_: Any) -> Tensor:
-        return maps(blackbox, x, source).detach()
+    def of_peer(peer: Peer, x: Tensor, source: Tensor, *_: Any) -> Tensor:
+        if peer.gradient and not blackbox.differentiable:
+            raise ValueError("it needs the classifier's gradient, and this one gives outputs only")
+        return peer.maps(blackbox, x, source).detach()
 
     @torch.no_grad()
     def against_reconstruction(x: Tensor, *_: Any) -> Tensor:
@@ -77,7 +79,7 @@ def methods(
     found: dict[str, Method] = {name: partial(of_cae, how) for name, how in modes.items()}
     for name, peer in peers(cae).items():
         if full or name in BRIEF_PEERS:
-            found[name] = partial(of_peer, peer.maps)
+            found[name] = partial(of_peer, peer)
     known_nothing: tuple[Method, ...] = (
         lambda x, *_: controls.random_map(x, seed),
         lambda x, *_: controls.sobel(x),

@@ -98,29 +98,43 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
 @torch.no_grad()
 def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: pd.DataFrame,
                   names: tuple[str, ...]) -> Pictures:  # fmt: skip
-    """Swaps, paths and maps of a few images."""
-    donated = rows.dropna(subset="donor")
+    """Swaps, paths and maps of a few images: of the same ones, as far as those whose maps are kept are swapped too."""
+    blackbox, cae = classifiers.load(run.result("classify")["spec"], names), training.load(run.path("cae"))
     kept = maps.dropna(subset="map") if len(maps) else maps
-    sample = donated[donated.id.isin(set(kept.id))] if len(kept) else donated
-    if len(sample) == 0:
-        return {}
-    # A few images of every class, chosen by the seed and not by their looks.
-    sample = sample.sort_values("id").groupby("source").sample(frac=1, random_state=options.seed)
-    sample = sample.groupby("source").head(max(1, SAMPLES // sample.source.nunique()))
-    size = options.model.image_size
-    blackbox = classifiers.load(run.result("classify")["spec"], names)
-    cae = training.load(run.path("cae"))
-    images = read_images(run, sample.id.to_numpy(), size, options.fit)
-    donors = read_images(run, sample.donor.to_numpy(), size, options.fit)
-    x = to_tensor(images)
-    code, individual = cae.encode(x)
+    mapped = rows[rows.id.isin(set(kept.id))] if len(kept) else rows
+    both = mapped.dropna(subset="donor")
+    donated = both if len(both) else rows.dropna(subset="donor")
+    pictures: Pictures = {}
+    if len(donated):
+        pictures |= _swaps(run, options, cae, blackbox, _few(donated, options.seed), names)
+    sample = _few(both if len(both) else mapped, options.seed)
+    images = read_images(run, sample.id.to_numpy(), options.model.image_size, options.fit)
+    if len(kept):
+        pictures["maps"] = (
+            f"Maps by every method, over their images, each in its own scale. CAE's mode is {options.mode}.",
+            _maps(kept, sample, images, names),
+        )
+    return pictures | _paths(run, options, cae, blackbox, images, sample.id.to_numpy(), names)
+
+
+def _few(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Some images of every class, chosen by the seed and not by their looks."""
+    rows = rows.sort_values("id").groupby("source").sample(frac=1, random_state=seed)
+    return rows.groupby("source").head(max(1, SAMPLES // rows.source.nunique()))
+
+
+def _swaps(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, sample: pd.DataFrame,
+           names: tuple[str, ...]) -> Pictures:  # fmt: skip
+    """Class codes put into other images, and on the way there."""
+    images = read_images(run, sample.id.to_numpy(), options.model.image_size, options.fit)
+    donors = read_images(run, sample.donor.to_numpy(), options.model.image_size, options.fit)
+    code, individual = cae.encode(to_tensor(images))
     given = cae.encode(to_tensor(donors))[0]
     target = torch.tensor(sample.swap_target.to_numpy(int))
-
     frames, p = walk(cae, blackbox, code, given[:, None], individual, target)
     ways = [f"{names[a]} → {names[b]}" for a, b in zip(sample.source, target.tolist(), strict=True)]
     captions = [f"{way}\np={float(chance):.2f}" for way, chance in zip(ways, p[:, -1], strict=True)]
-    pictures = {
+    return {
         "swaps": (
             "Originals, reconstructions, and originals with the class code of the donor below; p is the classifier's "
             "probability of the donor's class.",
@@ -140,21 +154,21 @@ def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: 
             ),
         ),
     }  # fmt: skip
-    if len(kept):
-        shown = kept[~kept.method.isin(CONTROLS) & ~kept.method.str.endswith(SMOOTHED)]
-        table = shown.pivot(index="id", columns="method", values="map").reindex(sample.id)
-        by_method = {
-            method: np.stack([
-                np.full((size, size), np.nan) if np.isscalar(heat) else np.asarray(heat, np.float32).reshape(size, size)
-                for heat in table[method]
-            ])
-            for method in shown.method.unique()
-        }  # fmt: skip
-        pictures["maps"] = (
-            f"Maps by every method, over their images, each in its own scale. CAE's mode is {options.mode}.",
-            figures.maps_by_method(images, by_method, [names[label] for label in sample.source]),
-        )
-    return pictures | _paths(run, options, cae, blackbox, images, sample.id.to_numpy(), names)
+
+
+def _maps(kept: pd.DataFrame, sample: pd.DataFrame, images: np.ndarray, names: tuple[str, ...]) -> Figure:
+    """The maps that are kept of the images of a sample, by method."""
+    shown = kept[~kept.method.isin(CONTROLS) & ~kept.method.str.endswith(SMOOTHED)]
+    table = shown.pivot(index="id", columns="method", values="map").reindex(sample.id)
+    by_method = {
+        method: np.stack([
+            np.full(images.shape[1:3], np.nan) if np.isscalar(heat)
+            else np.asarray(heat, np.float32).reshape(images.shape[1:3])
+            for heat in table[method]
+        ])
+        for method in shown.method.unique()
+    }  # fmt: skip
+    return figures.maps_by_method(images, by_method, [names[label] for label in sample.source])
 
 
 def _swap_grid(cae: CAE, blackbox: BlackBox, images: np.ndarray, individual: Tensor, donors: np.ndarray, given: Tensor,
@@ -197,7 +211,7 @@ def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, ima
     way = torch.from_numpy(waypoints[np.cumsum([0, *map(len, ends)])[:-1]])  # of several counter codes the first
     found = explain(cae, blackbox, x, source, target, way, **path_options(options))
     captions = [
-        f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" else "")
+        f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" and not at.isnan() else "")
         for a, b, s, at in zip(source, target, found.status, found.flip_at, strict=True)
     ]
     frames, p = walk(cae, blackbox, code, way, individual, target)

@@ -20,10 +20,13 @@ from typing import Any, Literal
 
 import fsspec
 
-from cae.blackboxes import TRUSTED
+from cae.blackboxes import TRUSTED, fingerprint, resolve
 from cae.config import Preset
+from cae.data import DATASETS
 from pipelines import tracking
 from pipelines.mistakes import UserError, mistake
+
+Work = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class RunOptions:
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
 FREE = {"run", "tracking_uri", "experiment", "device", "precision", "workers", "threads", "trust_pickle", "stages",
         "again", "best"}  # fmt: skip
+PATHS = ("dataset", "data_root", "classifier", "oracle", "authors_generator")  # or names, or URLs
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),
@@ -168,20 +172,25 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
-def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[str, Any]],
+def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work],
               own: tuple[str, ...], needs: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
     """Do one stage of a run, once: refuse contradicting options, note the start, work, note the result.
 
-    `own` are the option fields that decide this stage's outcome; `needs` the stages that must be done before.
+    `prepare` refuses what cannot be done as asked, and returns the work; it writes nothing, and what a stage that is to
+    be done again made before is dropped only after it. `own` are the option fields that decide this stage's outcome;
+    `needs` the stages that must be done before.
     """
     run = Run(options.run)
     refuse_contradictions(run, options, name, only_before=options.again)
     refuse_unfinished(run, options, needs)
-    if options.again:  # only now: a refused call drops nothing
-        _start_over(run, name)
-    if run.done(name):
+    if run.done(name) and not options.again:
         print(f"{name:9} already done in {run.folder}", flush=True)
         return run.state["stages"][name]["result"]
+    work = prepare(run, options)
+    run.save()  # fails here, before anything is dropped, where it cannot be written
+    experiment = tracking.open_experiment(run, options)
+    if options.again:
+        _start_over(run, name)
     table = dataclasses.asdict(options)
     options_before, work_before = dict(run.state["options"]), run.bound(name)
     run.state["options"] |= table
@@ -196,8 +205,8 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
     run.save()
     begun = time.time()
     try:
-        with tracking.tracked(run, options, name, flat(options), set(_flat(decisive))):
-            result = work(run, options)
+        with tracking.tracked(run, options, experiment, name, flat(options), set(_flat(decisive))):
+            result = work()
             seconds = time.time() - begun
             tracking.log_metrics(
                 {f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)}
@@ -216,12 +225,21 @@ def run_stage(name: str, options: RunOptions, work: Callable[[Run, Any], dict[st
 
 
 def refuse_unfinished(run: Run, options: RunOptions, needs: tuple[str, ...]) -> None:
-    """Raise UserError when a stage is not done, or when its classifier may run a pickle that is not trusted."""
+    """Raise UserError when a stage is not done, or when its classifier is another one by now, or may run a pickle that
+    is not trusted."""
     for stage in needs:
         run.result(stage)
-    used = run.result("classify").get("spec", "") if "classify" in needs else ""
-    if used.startswith(TRUSTED) and not options.trust_pickle:
-        raise UserError(f"the classifier {used.removeprefix(TRUSTED)} may run a pickle: say --trust-pickle again")
+    if "classify" not in needs:
+        return
+    known = run.result("classify")
+    spec = known.get("spec", "")
+    if spec.startswith(TRUSTED) and not options.trust_pickle:
+        raise UserError(f"the classifier {spec.removeprefix(TRUSTED)} may run a pickle: say --trust-pickle again")
+    if "fingerprint" in known and fingerprint(spec) != known["fingerprint"]:  # an earlier version took none
+        raise UserError(
+            f"the classifier {spec.removeprefix(TRUSTED)} has changed since stage classify of {run.folder}: bring back "
+            "the one it was, or begin another --run with the new one"
+        )
 
 
 def _start_over(run: Run, name: str) -> None:
@@ -242,6 +260,16 @@ def _drop(run: Run, stage: str) -> None:
             run.fs.rm(run.path(name), recursive=True)
 
 
+def absolute(option: str, value: Any) -> Any:
+    """The value of an option as it is for whoever stands elsewhere: of PATHS, a relative one made absolute."""
+    if option not in PATHS or not value:
+        return value
+    if option in ("classifier", "oracle"):
+        return resolve(value)
+    named = option == "dataset" and (value in (*DATASETS, "synthetic") or not os.path.exists(value))
+    return value.rstrip("/") or value if named or "://" in value else os.path.abspath(os.path.expanduser(value))
+
+
 def refuse_contradictions(run: Run, options: RunOptions, name: str = "", only_before: bool = False) -> None:
     """Raise UserError when an option differs from the one that a stage of the run was made with.
 
@@ -255,12 +283,12 @@ def refuse_contradictions(run: Run, options: RunOptions, name: str = "", only_be
         state = run.state["stages"][stage]
         # A run folder of an earlier version may know fewer options, or more.
         for field, was in _flat(state["options"]).items():
-            if field in FREE or table.get(field, was) == was:
+            if field in FREE or table.get(field, was) in (was, absolute(field, was)):
                 continue
             flag = "--" + field.replace("_", "-")
             raise UserError(
                 f"{flag} {table[field]} contradicts the stage {stage} of {run.folder}, made with {flag} {was}: "
-                f"choose another --run folder, leave the option out, or do that stage over "
+                f"choose another folder, leave the option out, or do that stage over "
                 f"(pipelines/{stage}.py --again)"
             )
 

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, write_tab
 from pipelines.cluster import connect
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
-from pipelines.run import Run, RunOptions
+from pipelines.run import Run, RunOptions, Work
 
 SCHEMA = pa.schema(
     {
@@ -68,15 +69,17 @@ class ShardOptions(RunOptions):
     The data may lack some of the classes of one that knows them."""
 
 
-def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
-    """Write the shards of the data set; returns classes, counts and digest."""
-    connect()
+def prepare(run: Run, options: ShardOptions) -> Work:
+    """The work, on a data set that is there, and by a classifier that knows its classes."""
     if options.dataset == "synthetic":
         config = synthetic.Synthetic(options.images, PRESETS[options.preset].model.image_size,
                                      options.classes, options.shortcut, options.seed)  # fmt: skip
         names, units, source, version = list(config.class_names), _ranges(options.images), "synthetic", ""
         arguments: dict[str, Any] = {"config": config}
     else:
+        for name in ("images", "classes", "shortcut"):
+            if getattr(options, name) != getattr(ShardOptions, name):
+                raise UserError(f"--{name} is of --dataset synthetic, and this is {options.dataset}: leave it out")
         source = data.locate(options.dataset, options.data_root or None)
         found = sources.survey(source, UNIT_ROWS)
         names, version = found.labels, found.version
@@ -85,6 +88,13 @@ def shard(run: Run, options: ShardOptions) -> dict[str, Any]:
             names = list(classifiers.class_names(spec, tuple(names)))
         units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
         arguments = {"names": names, "present": found.splits, "label_free": bool(options.classifier)}
+    return partial(shard, run, options, names, units, source, version, arguments)
+
+
+def shard(run: Run, options: ShardOptions, names: list[str], units: list[Unit], source: str, version: str,
+          arguments: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """Write the shards of the data set; returns classes, counts and digest."""
+    connect()
     _start_over_if_changed(run, listing(units, version)[:16])
     bulk(run, options, "shard", units, ShardWorker, "shards/_parts", on_gpu=False, **arguments)
 
@@ -224,7 +234,7 @@ OWN = ("dataset", "preset", "data_root", "images", "classes", "shortcut", "class
 
 def main(options: ShardOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("shard", options, shard, OWN)
+    return runs.run_stage("shard", options, prepare, OWN)
 
 
 if __name__ == "__main__":

@@ -49,25 +49,30 @@ def _track_at(uri: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-@contextmanager
-def tracked(run: Run, options: RunOptions, stage: str, params: dict[str, Any], own: set[str]) -> Iterator[None]:
-    """Inside, MLflow's active run is the stage's, nested in the run folder's own.
-
-    The stage's has all parameters, the folder's those that are the stage's `own`: MLflow never forgets one, and later
-    stages may be called with others, or be refused them.
-    """
+def open_experiment(run: Run, options: RunOptions) -> str:
+    """The id of the experiment in the run's tracking store; makes both where they are not there yet."""
     uri = store(run, options)
     if uri.startswith("sqlite:///"):
         os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")), exist_ok=True)
     _track_at(uri)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(options.experiment)
-    if experiment is None:
-        # SQLite keeps no files; without a place of its own they would land wherever one happens to stand.
-        place = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite") else None
-        experiment_id = client.create_experiment(options.experiment, place.as_uri() if place else None)
-    else:
-        experiment_id = experiment.experiment_id
+    if experiment is not None:
+        return experiment.experiment_id
+    # SQLite keeps no files; without a place of its own they would land wherever one happens to stand.
+    place = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite") else None
+    return client.create_experiment(options.experiment, place.as_uri() if place else None)
+
+
+@contextmanager
+def tracked(run: Run, options: RunOptions, experiment_id: str, stage: str, params: dict[str, Any],
+            own: set[str]) -> Iterator[None]:  # fmt: skip
+    """Inside, MLflow's active run is the stage's, nested in the run folder's own; `open_experiment` comes before.
+
+    The stage's has all parameters, the folder's those that are the stage's `own`: MLflow never forgets one, and later
+    stages may be called with others, or be refused them.
+    """
+    uri, client = store(run, options), mlflow.MlflowClient()
     tags = {"dataset": options.dataset, "preset": options.preset, "git": run.state["git"], "run_folder": run.folder}
     # A stage that was killed goes on in the MLflow runs that it had, in the same store.
     same = run.state.get("tracking_uri") == uri

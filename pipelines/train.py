@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ from pipelines.classify import ClassifyOptions
 from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, pace, place, report, train_workers
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
-from pipelines.run import Run
+from pipelines.run import Run, Work
 
 PREVIEWS = 10  # looks at held-out images, and checkpoints, over a training; one takes a few seconds, so
 PREVIEW_STEPS = 100  # at least so many steps lie between two
@@ -58,33 +59,57 @@ class TrainOptions(ClassifyOptions):
     weights: Annotated[LossWeights, tyro.conf.arg(name="", prefix_name=False)] = field(default_factory=LossWeights)
 
 
-def train(run: Run, options: TrainOptions) -> dict[str, Any]:
-    """Train the CAE on the train split and save it in `cae/`; returns its last measures on held-out images."""
+def prepare(run: Run, options: TrainOptions) -> Work:
+    """The work: a training that can be done, or a network of the authors' that is there."""
     if options.authors_generator:
-        return _take(run, options)
-    differentiable = run.result("classify").get("differentiable", True)
-    class_head = choose_class_head(options.train.class_head, differentiable)
-    connect()
-    last = fit(run, options, "train", save=run.path("cae"), start="checkpoints/train/start.pt")
+        if replace(options.model, image_size=0) != replace(PRESETS["paper"].model, image_size=0):
+            raise UserError("--authors-generator is the network of --preset paper: give that, and no other sizes")
+        cae, _ = from_authors(read_weights(options.authors_generator, "ab"))
+        return partial(_take, run, options, cae)
+    return partial(train, run, options, plan(run, options))
+
+
+def train(run: Run, options: TrainOptions, planned: dict[str, Any]) -> dict[str, Any]:
+    """Train the CAE on the train split and save it in `cae/`; returns its last measures on held-out images."""
+    last = fit(run, options, "train", planned, save=run.path("cae"), start="checkpoints/train/start.pt")
     tracking.log_folder(run, "cae")
-    says = f"{last['pairs']:,} pairs, class head {class_head}, held-out swap success {last['swap_success']:.3f}"
+    head, success = planned["train"]["class_head"], last["swap_success"]
+    says = f"{last['pairs']:,} pairs, class head {head}, held-out swap success {success:.3f}"
     return {"says": says} | {f"train/{name}": last[name] for name in last.keys() - {"pairs", "progress"}}
 
 
-def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str = "", callbacks: Sequence[Any] = (),
-        retries: int = 3) -> dict[str, Any]:  # fmt: skip
-    """Train a CAE on the train split, by Ray Train, with checkpoints in `checkpoints/NAME`; save it where asked.
+def fit(run: Run, options: TrainOptions, name: str, planned: dict[str, Any], save: str = "", start: str = "",
+        callbacks: Sequence[Any] = (), retries: int = 3) -> dict[str, Any]:  # fmt: skip
+    """Do a `planned` training, by Ray Train, with checkpoints in `checkpoints/NAME`; save the CAE where asked.
 
     `start` is a file of the run folder that keeps the warmed-up networks, for when the training is killed before its
     first checkpoint, and for others that differ in nothing that the warm-up depends on: the first of them writes it.
     Returns, and reports to `callbacks` with every checkpoint, the measures on held-out images (`cae.judgement`),
     `pairs`, how many it was trained on, and `progress`, the share of those it is to be trained on.
     """
-    train_workers(options, options.train.batch)  # refuses early
+    how = planned | {"save": save, "start": start, "label": name.rpartition("/")[2]}
+    return fit_torch(run, options, name, _train_loop, how, options.train.batch, callbacks, retries)
+
+
+def open_oracle(options: TrainOptions, chosen: dict[str, Any]) -> str:
+    """The oracle as any process finds it, or "" for none; stage classify noted down `chosen`.
+
+    Raises UserError for one that does not answer, or does not know the same classes.
+    """
+    if not options.oracle:
+        return ""
+    try:
+        oracle = resolve(options.oracle, options.trust_pickle)
+        classifiers.load(oracle, tuple(chosen["classes"]))
+    except ValueError as error:
+        raise UserError(f"--oracle {options.oracle}: {error}") from error
+    return oracle
+
+
+def plan(run: Run, options: TrainOptions) -> dict[str, Any]:
+    """What a training on the train split takes. Raises UserError where there can be none."""
     chosen = run.result("classify")
-    oracle = resolve(options.oracle, options.trust_pickle) if options.oracle else ""
-    if oracle:
-        classifiers.load(oracle, tuple(chosen["classes"]))  # fails here, early, on a wrong one
+    oracle = open_oracle(options, chosen)
     class_head = choose_class_head(options.train.class_head, chosen.get("differentiable", True))
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label
@@ -111,9 +136,11 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
     model = options.model
     if model.channels == 0:
         model = replace(model, channels=1 if run.result("shard")["grey"] else 3)
-    return fit_torch(run, options, name, _train_loop, {
+    connect()
+    train_workers(options, options.train.batch)
+    return {
         "folder": run.folder, "spec": chosen["spec"], "names": tuple(chosen["classes"]), "fit": options.fit,
-        "oracle": oracle, "save": save, "start": start, "label": name.rpartition("/")[2],
+        "oracle": oracle,
         "model": asdict(model), "train": asdict(replace(options.train, class_head=class_head)),
         "weights": asdict(options.weights),
         # One without a gradient may be a server, which is not to be asked about tens of thousands of images more.
@@ -121,14 +148,11 @@ def fit(run: Run, options: TrainOptions, name: str, save: str = "", start: str =
         "ids": known.id.to_numpy()[used], "labels": known.y.to_numpy(np.int64)[used], "seed": options.seed,
         "index": position.reshape(pairs.index.shape), "flip": pairs.flip,
         "watched_ids": watched.id.to_numpy(), "watched_labels": watched.y.to_numpy(np.int64),
-    }, options.train.batch, callbacks, retries)  # fmt: skip
+    }  # fmt: skip
 
 
-def _take(run: Run, options: TrainOptions) -> dict[str, Any]:
+def _take(run: Run, options: TrainOptions, cae: CAE) -> dict[str, Any]:
     """Save the authors' generator as this run's CAE."""
-    if replace(options.model, image_size=0) != replace(PRESETS["paper"].model, image_size=0):
-        raise UserError("--authors-generator is the network of --preset paper: give that, and no other sizes")
-    cae, _ = from_authors(read_weights(options.authors_generator, "ab"))
     names = tuple(run.result("classify")["classes"])
     training.save(run.path("cae"), cae, names, authors_generator=options.authors_generator)
     tracking.log_folder(run, "cae")
@@ -278,7 +302,7 @@ OWN = ("labels", "authors_generator", "train", "weights", "model")
 
 def main(options: TrainOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("train", options, train, OWN, needs=("shard", "classify"))
+    return runs.run_stage("train", options, prepare, OWN, needs=("shard", "classify"))
 
 
 if __name__ == "__main__":

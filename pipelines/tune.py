@@ -26,12 +26,12 @@ from cae import search_plots
 from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import read_predicted
-from pipelines.cluster import connect, cores, gpus_of, threads_for, train_workers
+from pipelines.cluster import cores, gpus_of, threads_for, train_workers
 from pipelines.command_line import command, read_best
 from pipelines.mistakes import UserError, user_error
 from pipelines.report import png
-from pipelines.run import Run
-from pipelines.train import TrainOptions, fit
+from pipelines.run import Run, Work
+from pipelines.train import TrainOptions, fit, plan
 
 WEIGHTS = ("recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "adv2", "cla2")  # lambda 1-6, phi 1-2
 HEADS = ["learned", "distilled", "blackbox", "both"]
@@ -69,13 +69,19 @@ class TuneOptions(TrainOptions):
 OptionsT = TypeVar("OptionsT", bound=TuneOptions)
 
 
-def search(run: Run, options: TuneOptions) -> dict[str, Any]:
-    """Search for weights; write the best ones, a table of the trials and figures; returns the best one's measures."""
+def prepare(run: Run, options: TuneOptions) -> Work:
+    """The work, on held-out images that trials can be measured on."""
     if not run.result("shard")["counts"].get("val"):
         raise UserError("a search measures its trials on the split val, which this data set has not: give it one")
     if len(np.unique(read_predicted(run, "val"))) < 2:
         raise UserError("a search measures swaps on val, all of which the classifier gives the same class")
-    connect()
+    _proposals(options, [])
+    plan(run, options)
+    return partial(search, run, options)
+
+
+def search(run: Run, options: TuneOptions) -> dict[str, Any]:
+    """Search for weights; write the best ones, a table of the trials and figures; returns the best one's measures."""
     found = _tuner(run, options).fit()
     results = [found[i] for i in range(len(found))]
     table = pd.DataFrame([_row(result) for result in results])
@@ -190,11 +196,10 @@ def _with(options: TuneOptions, chosen: dict[str, Any]) -> TuneOptions:
 def _trial(chosen: dict[str, Any], options: TuneOptions, of_search: tuple[str, str]) -> None:
     """One trial, in a process of its own: stage train's training, which reports to Ray Tune."""
     name = tune.get_context().get_trial_id()
+    run, mine = Run(options.run), _with(options, chosen)
     with tracking.trial(of_search, name, chosen):
-        fit(
-            Run(options.run), _with(options, chosen), f"tune/{name}", start="checkpoints/tune/start.pt",
-            callbacks=[TuneReportCallback()], retries=0,
-        )  # fmt: skip
+        fit(run, mine, f"tune/{name}", plan(run, mine), start="checkpoints/tune/start.pt",
+            callbacks=[TuneReportCallback()], retries=0)  # fmt: skip
 
 
 class Watch(tune.Callback):
@@ -306,7 +311,7 @@ OWN = ("trials", "search", "metric", "span", "budget", "also", "oracle", "labels
 
 def main(options: TuneOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("tune", options, search, OWN, needs=("shard", "classify"))
+    return runs.run_stage("tune", options, prepare, OWN, needs=("shard", "classify"))
 
 
 if __name__ == "__main__":

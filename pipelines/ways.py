@@ -53,11 +53,6 @@ class Ways:
     codes: np.ndarray
     """(M, D) training codes."""
 
-    @property
-    def given(self) -> bool:
-        """Whether all paths end at one image that the user named."""
-        return self.counter not in MOST_DONORS
-
     @cached_property
     def known(self) -> TrainingCodes:
         """The training codes, to measure distances to and to go among; set up once per process."""
@@ -91,7 +86,8 @@ def check_donors(options: ExplainOptions) -> None:
     """Raise UserError for more `--donors` than `--counter` has."""
     most = MOST_DONORS.get(options.counter, 1)
     if options.donors > most:
-        raise UserError(f"--donors {options.donors}: of --counter {options.counter} there are {most} at most")
+        there = f"there are {most} at most" if options.counter in MOST_DONORS else "there is one, an image's"
+        raise UserError(f"--donors {options.donors}: of --counter {options.counter} {there}")
 
 
 def read_ways(run: Run, options: ExplainOptions) -> Ways:

@@ -112,7 +112,7 @@ def refusal(spec: str, classes: tuple[str, ...] = ()) -> str:
         ({"mean": "0"}, "mean is '0'"), ({"std": 0}, "std is 0"), ({"std": [1, 0, 1]}, "std is (1, 0, 1)"),
         ({"outputs": "softmax"}, "choose logits, probabilities"), ({"batch": 0}, "batch is 0"),
         ({"batch": True}, "batch is True"), ({"timeout": 0}, "timeout is 0"), ({"retries": -1}, "retries is -1"),
-        ({"token": 5}, "token is 5"), ({"size": 3}, "no card of a classifier, an object with some of the fields"),
+        ({"token": 5}, "token is 5"), ({"size": 3}, "'size' is none of the fields classifier, classes"),
         (None, "no card of a classifier"), ([1], "no card of a classifier"),
     ],
 )  # fmt: skip

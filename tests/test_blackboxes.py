@@ -20,7 +20,7 @@ from conftest import TINY, blob, command, state
 from PIL import Image
 from torch import Tensor, nn
 
-from cae.blackboxes import Card, is_foreign, read_card, resolve
+from cae.blackboxes import Card, fingerprint, is_foreign, read_card, resolve
 from cae.classifiers import BlackBox, ResNet, load
 from cae.config import PRESETS, LossWeights
 from cae.explain import explain
@@ -351,10 +351,17 @@ def test_what_needs_a_gradient_or_trust_is_refused_before_any_work(tmp_path: Pat
     run = begun(differentiable=False)
     options = parse(explain_stage.ExplainOptions, ["--run", str(tmp_path), "--class-head", "blackbox"])
     with pytest.raises(ValueError, match="--class-head blackbox needs the classifier's gradient"):
-        train_stage.train(run, options)
+        train_stage.prepare(run, options)
     with pytest.raises(ValueError, match="--mode integrated needs the classifier's gradient"):
-        explain_stage.explain_images(run, replace(options, mode="integrated"))
+        explain_stage.prepare(run, replace(options, mode="integrated"))
     begun(spec="trusted:/theirs/net.pth")
     with pytest.raises(UserError, match=r"^the classifier /theirs/net.pth may run a pickle: say --trust-pickle again$"):
         explain_stage.main(options)
+    (tmp_path / "net.onnx").write_bytes(b"one network")
+    begun(spec=f"{tmp_path}/net.onnx", fingerprint=fingerprint(f"{tmp_path}/net.onnx"))
+    for file, content in {"net.onnx": "another network", "net.json": '{"mean": 0.5}'}.items():
+        (tmp_path / file).write_text(content)
+        with pytest.raises(UserError, match=rf"^the classifier {tmp_path}/net.onnx has changed since stage classify"):
+            explain_stage.main(options)
+        (tmp_path / "net.onnx").write_text("one network")
     assert not parse(explain_stage.ExplainOptions, ["--run", str(tmp_path)]).trust_pickle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_what_explain_cannot_do_is_refused_before_the_training(tmp_path: Path) -
     run = Run(str(tmp_path / "run"))
     for words, says in {
         ("--mode", "evidence"): "needs the classifier's gradient", ("--donors", "99"): "--donors 99",
-        ("--targets", "c"): "--targets c", ("--counter", "x.png#1", "--donors", "2"): "there are 1 at most",
+        ("--targets", "c"): "--targets c", ("--counter", "x.png#1", "--donors", "2"): "there is one, an image's",
     }.items():  # fmt: skip
         run.state = {"options": {}, "stages": {
             "classify": {"options": {}, "result": {"classes": ["a", "b"], "differentiable": False}}}}  # fmt: skip
@@ -106,7 +107,7 @@ def test_what_explain_cannot_do_is_refused_before_the_training(tmp_path: Path) -
         run.state["options"] = {"mode": options.mode, "donors": options.donors, "targets": options.targets}
         run.save()  # as the stages before do
         with pytest.raises(ValueError, match=says):
-            full._check_explain(options)
+            full._check(options, ["explain"])
         wrong = "donors" if "--donors" in words else words[0].removeprefix("--")
         assert {"mode", "donors", "targets"} - set(Run(run.folder).state["options"]) == {
             wrong
@@ -158,7 +159,7 @@ def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path
 def stage(folder: Path, work: object, **options: object) -> dict:
     """Run a stage called shard whose outcome depends on the preset."""
     given = RunOptions(dataset="synthetic", run=str(folder), **options)  # type: ignore[arg-type]
-    return runs.run_stage("shard", given, work, ("preset",))  # type: ignore[arg-type]
+    return runs.run_stage("shard", given, lambda *by: partial(work, *by), ("preset",))  # type: ignore[arg-type]
 
 
 def test_options_that_failed_are_free_and_those_of_stopped_work_are_not(tmp_path: Path) -> None:
@@ -191,9 +192,16 @@ def test_options_that_failed_are_free_and_those_of_stopped_work_are_not(tmp_path
     assert part.read_text() == "quick"  # went on
     with pytest.raises(UserError, match="contradicts"):
         stage(folder, lambda run, options: {}, preset="paper")
+
+    def unfit(run: Run, options: RunOptions) -> runs.Work:
+        raise UserError("no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        runs.run_stage("shard", RunOptions(dataset="synthetic", run=str(folder), again=True), unfit, ("preset",))
+    assert part.read_text() == "quick" and Run(str(folder)).done("shard")  # nor does one that cannot be done
     elsewhere = RunOptions(dataset="synthetic", run=str(folder), preset="paper", again=True)
     with pytest.raises(UserError, match="contradicts the stage shard"):
-        runs.run_stage("classify", elsewhere, lambda run, options: {}, ("preset",))
+        runs.run_stage("classify", elsewhere, lambda run, options: dict, ("preset",))
     assert part.read_text() == "quick"  # a refused call drops nothing
     assert stage(folder, lambda run, options: {"left": part.exists()}, preset="paper", again=True) == {"left": False}
 

@@ -380,10 +380,21 @@ def test_a_listing_tells_what_there_is_to_do_and_not_how_the_code_writes_it() ->
 def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
-    wrong = command("explain.py", "--run", str(folder), "--again", "--targets", "nobody")
-    assert wrong.returncode and "--targets nobody: choose" in wrong.stderr and "Traceback" not in wrong.stderr
+    held = sorted(path for path in folder.rglob("*") if path.is_file())
+    for words, says in {
+        ("explain.py", "--targets", "nobody"): "--targets nobody: choose",
+        ("explain.py", "--counter", "nobody"): "--counter nobody: choose",
+        ("evaluate.py", "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
+        ("shard.py", "--dataset", "/gone"): "'/gone' is no path that exists",
+        ("train.py", "--workers", "50"): "--workers 50, but the Ray cluster has",
+    }.items():
+        script, *wrong = words
+        refused = command(script, "--run", str(folder), "--again", *wrong)
+        assert refused.returncode and says in refused.stderr and "Traceback" not in refused.stderr
+        assert sorted(path for path in folder.rglob("*") if path.is_file()) == held  # nothing is dropped
+        assert state(folder)["stages"] == state(finished)["stages"]
     other = ["--mode", "patch", "--targets", "spot", "--counter", "random", "--donors", "3", "--path", "guided"]
-    done = command("explain.py", "--run", str(folder), *other)
+    done = command("explain.py", "--run", str(folder), "--again", *other)
     assert done.returncode == 0, done.stderr[-3000:]
     found, codes = parts(folder / "explanations"), parts(folder / "codes").set_index("id")
     assert set(found["mode"]) == {"patch"} and set(found.target) == {1}

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pytest
 
 from cae.config import PRESETS
+from pipelines import embed, tracking, train, tune
 from pipelines import run as runs
-from pipelines import tracking, train
 from pipelines.bulk import write_table
 from pipelines.cluster import pace
-from pipelines.embed import EmbedOptions, embed
+from pipelines.embed import EmbedOptions
 from pipelines.mistakes import UserError
 from pipelines.run import Run
-from pipelines.tune import TuneOptions, search
+from pipelines.tune import TuneOptions
 
 
 def test_a_classifier_that_gives_one_class_only_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -30,9 +30,9 @@ def test_a_classifier_that_gives_one_class_only_is_refused_before_any_work(tmp_p
         table = pa.table({"id": ids, "split": [split] * len(ids), "predicted": pa.array(predicted, pa.int32())})
         write_table(run, f"predictions/{split}.parquet", table)
     with pytest.raises(UserError, match="the 3 training images fewer than two classes"):
-        embed(run, EmbedOptions(run=str(tmp_path)))
+        embed.prepare(run, EmbedOptions(run=str(tmp_path)))
     with pytest.raises(UserError, match="all of which the classifier gives the same class"):
-        search(run, TuneOptions(run=str(tmp_path)))
+        tune.prepare(run, TuneOptions(run=str(tmp_path)))
 
 
 def test_a_stage_dropped_halfway_is_dropped_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,8 @@ def test_a_stage_goes_on_where_mlflow_has_lost_its_run(tmp_path: Path, gone: str
     run.state |= {"git": "", "stages": {"embed": {}}}
 
     def track() -> tuple[str, str]:
-        with tracking.tracked(run, options, "embed", {"seed": 0}, {"seed"}):
+        experiment = tracking.open_experiment(run, options)
+        with tracking.tracked(run, options, experiment, "embed", {"seed": 0}, {"seed"}):
             tracking.log_metrics({"score": 1.0})
         return run.state["mlflow_run_id"], run.state["stages"]["embed"]["mlflow_run_id"]
 
@@ -118,9 +119,8 @@ def test_class_encoder_is_taught_by_a_classifier_with_a_gradient_whose_predictio
     table = pa.table({"id": ids, "split": ["train"] * 8, "label": half, "predicted": half})
     write_table(run, "predictions/train.parquet", table)
     monkeypatch.setattr(train, "train_workers", lambda *_: 1)
-    monkeypatch.setattr(train, "fit_torch", lambda run, options, name, loop, config, *_: config)
     preset = PRESETS["quick"]
     options = train.TrainOptions(run=str(tmp_path), labels=labels, model=preset.model, train=preset.train)
-    assert train.fit(run, options, "train")["teach"] is teach
+    assert train.plan(run, options)["teach"] is teach
     with pytest.raises(UserError, match="--warm-up 0"):
-        train.fit(run, replace(options, train=replace(preset.train, warm_up=0)), "train")
+        train.plan(run, replace(options, train=replace(preset.train, warm_up=0)))

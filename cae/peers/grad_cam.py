@@ -21,7 +21,7 @@ def grad_cam(classifier: nn.Module, images: Tensor, target: Tensor, layer: nn.Mo
     """
     if layer is None:
         if not isinstance(classifier, BlackBox) or not classifier.cam_layer:
-            raise ValueError(f"{type(classifier).__name__} names no layer for Grad-CAM: pass one")
+            raise ValueError("the classifier names no layer for Grad-CAM: its card's cam_layer may")
         layer = classifier.net.get_submodule(classifier.cam_layer)
     if all(module is not layer for module in classifier.modules()):
         raise ValueError(f"layer {type(layer).__name__} is not a module of the classifier: pass one of its own")

@@ -28,6 +28,8 @@ class Peer:
     """Classifier, images (B, 3, H, W), classes to explain (B,) -> maps (B, H, W)."""
     told: tuple[Fill, ...] = ()
     """Fills of the perturbation curves that the method fills its own queries with: an unfair advantage there."""
+    gradient: bool = True
+    """Whether it needs the classifier's gradient."""
 
 
 def peers(cae: CAE | None = None) -> dict[str, Peer]:
@@ -45,9 +47,9 @@ def peers(cae: CAE | None = None) -> dict[str, Peer]:
         "integrated gradients, blur": Peer(
             lambda b, x, y: integrated_gradients(b, x, y, baseline=blur(x, FILL_BLUR)), told=("blur",)
         ),
-        "occlusion": Peer(occlusion),
-        "LIME": Peer(lambda b, x, y: lime(b, x, y, samples=500)),
-        "RISE": Peer(lambda b, x, y: rise(b, x, y, masks=1000)),
+        "occlusion": Peer(occlusion, gradient=False),
+        "LIME": Peer(lambda b, x, y: lime(b, x, y, samples=500), gradient=False),
+        "RISE": Peer(lambda b, x, y: rise(b, x, y, masks=1000), gradient=False),
     }
     if cae is not None:
         found["latent shift"] = Peer(lambda b, x, y: latent_shift(b, x, y, cae=cae))
