@@ -34,7 +34,7 @@ from pipelines.bulk import read_images, read_table
 from pipelines.cluster import connect
 from pipelines.command_line import parse
 from pipelines.run import Run
-from pipelines.train import TrainOptions, fit
+from pipelines.train import TrainOptions, fit, plan
 from pipelines.tune import MEASURES
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -67,7 +67,8 @@ def train(run: Run, options: TrainOptions, name: str) -> float:
     begun = time.time()
     with mlflow.start_run(run_name=f"{KEPT} {name}"):
         mlflow.log_params(runs.flat(options))
-        fit(run, options, f"{KEPT}/{name}", save=run.path(KEPT, name), start=f"checkpoints/{KEPT}/{options.seed}.pt")
+        fit(run, options, f"{KEPT}/{name}", plan(run, options), save=run.path(KEPT, name),
+            start=f"checkpoints/{KEPT}/{options.seed}.pt")  # fmt: skip
     return time.time() - begun
 
 

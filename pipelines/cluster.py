@@ -38,8 +38,7 @@ def connect() -> None:
         return
     # Progress is ours to print; of Ray's own messages only errors are for the user.
     quiet = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONWARNINGS": "ignore"}
-    # What Ray's own core prints at each bulk stage, of constructor arguments that might be lost, is no error.
-    for name, value in (quiet | {"RAY_BACKEND_LOG_LEVEL": "fatal"}).items():
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -74,14 +74,14 @@ def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, A
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
          oracle=oracle, full=full, draws=options.draws, seed=options.seed, smooth=options.smooth)  # fmt: skip
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()
+    codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
     index = read_index(run)
-    index = index.filter(pc.is_in(index["id"], pa.array(rows.id)))
     known = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
-    # Frames of one file, and its copies, belong together where nothing else is known: they share the hash in their ids.
-    rows["group"] = rows.id.map(known).fillna(rows.id.str.rsplit("#", n=1).str[-1])
+    for of_images in (rows, codes):
+        # Frames of one file, and its copies, belong together where nothing else is known: they share their ids' hash.
+        of_images["group"] = of_images.id.map(known).fillna(of_images.id.str.rsplit("#", n=1).str[-1])
     maps = tables.map_rows(rows)
     told = {kind: peer.told for name, peer in peers().items() for kind in (name, name + SMOOTHED)}
-    codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
     said = read_table(run, "predictions", ["id", "probabilities"])
     said = said.filter(pc.is_in(said["id"], pa.array(rows.id)))
     said = dict(zip(said["id"].to_pylist(), said["probabilities"].to_pylist(), strict=True))
@@ -277,6 +277,7 @@ def headline_numbers(found: dict[str, pd.DataFrame], headline: str) -> dict[str,
             numbers[f"swap_success/{row.split}/{row.direction}"] = row.success
     for row in found["separability"].itertuples():
         numbers[f"separability/{row.split}"] = row.forest_mean
+        numbers[f"separability_grouped/{row.split}"] = row.forest_grouped_mean
     for row in found["perturbation"].query("fill != ''").itertuples():
         measure = f"{row.measure}_{row.form}" if row.measure in ("aopc", "pd") else row.measure
         numbers[f"{measure}_{row.fill}/{row.split}/{_key(row.method)}"] = row.value

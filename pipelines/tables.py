@@ -234,14 +234,15 @@ def _swapped(rows: pd.DataFrame) -> dict[str, Any]:
 
 def separability_table(codes: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Table III: how well the class codes alone tell b's classes apart, by split; codes: `split`, `predicted`,
-    `class_code`."""
+    `class_code`, and `group` for images that belong together."""
     out = []
     for split, part in codes.groupby("split"):
         part = part.sample(min(len(part), SEPARATED), random_state=seed)
         counts = part.predicted.value_counts()
         part = part[part.predicted.isin(counts[counts > 1].index)]
         if part.predicted.nunique() > 1:
-            found = metrics.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed)
+            groups = part.group.to_numpy() if "group" in part and part.group.duplicated().any() else None
+            found = metrics.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed, groups)
             out.append({"split": split, "images": len(part)} | found)
     return pd.DataFrame(out, columns=None if out else ["split", "images", "forest_mean"])
 

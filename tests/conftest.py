@@ -33,19 +33,25 @@ BAD = {
 }
 
 
+def alone(words: tuple[str, ...]) -> list[str]:
+    """Words of a command that leaves the other core to the tests beside it: threads that wait for a core that another
+    program has make small trainings five times as slow."""
+    return [*words] if {"--threads", "--workers"} & set(words) else [*words, "--threads", "1"]
+
+
 def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a pipeline as a user does, from another folder."""
     # MLflow, used in this process, would have commands track where it does.
     around = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     return subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / script), *words],
+        [sys.executable, str(ROOT / "pipelines" / script), *alone(words)],
         capture_output=True, text=True, timeout=500, cwd="/", env=around | env,
     )  # fmt: skip
 
 
 def kill_when(happens: Callable[[], bool], script: str, folder: Path, *words: str) -> None:
     """Start a stage on a run folder and kill -9 its driver as soon as something is seen."""
-    call = [sys.executable, str(ROOT / "pipelines" / script), "--run", str(folder), *words]
+    call = [sys.executable, str(ROOT / "pipelines" / script), "--run", str(folder), *alone(words)]
     with open(folder / f"{script}.log", "w") as log:
         driver = subprocess.Popen(call, stdout=log, stderr=log, cwd="/")
         deadline = time.time() + 400

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor, nn
 
 from cae import metrics
@@ -129,12 +130,36 @@ def test_separability_nearest_neighbour_and_dimension_match_slow_definitions() -
         scores.append(np.mean(labels[nearest] == labels[test]))
     assert found["1nn_mean"] == pytest.approx(np.mean(scores))
     assert found["1nn_std"] == pytest.approx(np.std(scores))
-    assert found == metrics.separability(codes, labels, seed=3)
+    assert str(found) == str(metrics.separability(codes, labels, seed=3))  # not a number is unequal to itself
     # Participation ratio without eigenvalues: trace(S)^2 / trace(S S).
     covariance = np.cov(codes.T)
     assert found["effective_dimension"] == pytest.approx(np.trace(covariance) ** 2 / np.trace(covariance @ covariance))
     singular = np.linalg.svd(codes - codes.mean(0), compute_uv=False) ** 2
     assert found["two_component_share"] == pytest.approx(singular[:2].sum() / singular.sum())
+
+
+def test_separability_over_groups_is_not_fooled_by_images_that_are_alike() -> None:
+    """Codes say whose image it is and nothing of the class: a fold that parts a patient's images reads it off them."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), 6)
+    labels = patients % 2
+    codes = rng.normal(size=(40, 8))[patients] + rng.normal(size=(240, 8)) * 0.01
+    found = metrics.separability(codes, labels, groups=patients)
+    assert found["forest_mean"] > 0.95  # type: ignore[operator]
+    assert 0.2 < found["forest_grouped_mean"] < 0.8  # type: ignore[operator]
+    scores = []
+    folds = StratifiedGroupKFold(10, shuffle=True, random_state=0)
+    for train, test in folds.split(codes, labels, patients):
+        assert not set(patients[train]) & set(patients[test])
+        forest = RandomForestClassifier(random_state=0).fit(codes[train], labels[train])
+        scores.append(forest.score(codes[test], labels[test]))
+    assert found["forest_grouped_mean"] == pytest.approx(np.mean(scores))
+    assert found["forest_grouped_std"] == pytest.approx(np.std(scores))
+    assert metrics.separability(codes, labels, groups=np.arange(240))["forest_grouped_mean"] == pytest.approx(
+        found["forest_mean"], abs=0.05
+    )
+    for groups in (None, labels):  # nothing known, a class that is all one patient
+        assert np.isnan(metrics.separability(codes, labels, groups=groups)["forest_grouped_mean"])  # type: ignore[arg-type]
 
 
 def test_separability_of_small_constant_and_impossible_codes() -> None:
