@@ -99,6 +99,11 @@ def is_foreign(spec: str) -> bool:
     )  # fmt: skip
 
 
+def _parted(spec: str) -> tuple[str, str, str]:
+    """A library's network, "@" and the file with its weights; of all else the file, or folder, alone."""
+    return spec.partition("@") if spec.startswith(("torchvision:", "timm:")) else ("", "", spec)
+
+
 def resolve(spec: str, trust_pickle: bool = False, folder: str = "") -> str:
     """A classifier as any process finds it: a path, relative to `folder` or the current one, made absolute.
 
@@ -112,7 +117,7 @@ def resolve(spec: str, trust_pickle: bool = False, folder: str = "") -> str:
         return spec
     if FUNCTION.fullmatch(spec):
         return spec
-    network, at, path = spec.rpartition("@") if spec.startswith(("torchvision:", "timm:")) else ("", "", spec)
+    network, at, path = _parted(spec)
     if "://" not in path and path:
         path = f"{folder}/{path}" if "://" in folder else os.path.abspath(os.path.join(folder, path))
     mark = TRUSTED if trust_pickle and path.endswith((".json", ".pt2", ".pth", ".pt")) and not at else ""
@@ -127,7 +132,7 @@ def read_card(spec: str) -> tuple[str, Card]:
     if spec.startswith("http") or FUNCTION.fullmatch(spec):
         return spec, Card()
     given = spec.endswith(".json")
-    path = spec if given else os.path.splitext(spec.rpartition("@")[2])[0] + ".json"
+    path = spec if given else os.path.splitext(_parted(spec)[2])[0] + ".json"
     try:
         with fsspec.open(path) as file:
             values = json.load(file)
@@ -163,7 +168,7 @@ def fingerprint(spec: str) -> str:
     # Fields as they are by default are left out: one that is new to the code leaves the hashes as they were.
     told = {field.name: value for field in fields(card) if (value := getattr(card, field.name)) != field.default}
     found = hashlib.sha256(repr(told).encode())
-    path = what.rpartition("@")[2]
+    path = _parted(what)[2]
     if not is_foreign(what):
         files = [f"{path}/model.safetensors", f"{path}/config.json"]
     else:
@@ -206,7 +211,7 @@ def open_foreign(spec: str, card: Card, trusted: bool, built_in: Mapping[str, Cr
 
 
 def _from_library(spec: str, card: Card, built_in: Mapping[str, Create]) -> tuple[nn.Module, Card]:
-    network, _, path = spec.partition("@")
+    network, _, path = _parted(spec)
     library, _, name = network.partition(":")
     if not path:
         raise ValueError(f"--classifier {spec} names no weights: write {library}:NAME@FILE.safetensors")

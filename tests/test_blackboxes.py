@@ -279,6 +279,34 @@ def test_paths_become_absolute_and_nothing_else_changes(tmp_path: Path, monkeypa
     assert read_card(f"{here}/net.json") == (f"{here}/net.onnx", Card(classifier="net.onnx", mean=(1, 2, 3)))
 
 
+def test_a_fingerprint_is_of_what_a_classifier_is_read_from(tmp_path: Path) -> None:
+    here = tmp_path / "me@work"
+    (here / "own").mkdir(parents=True)
+    for file in ("net.onnx", "w.pth", "own/model.safetensors", "own/config.json"):
+        (here / file).write_text(file)
+    write_card(here / "card.json", classifier="net.onnx")
+    write_card(here / "server.json", classifier="http://host/x")
+    specs = [f"{here}/net.onnx", f"timm:x@{here}/w.pth", f"{here}/own", f"{here}/card.json", f"{here}/server.json",
+             "http://host/x", "pack.age:f"]  # fmt: skip
+    before = [fingerprint(spec) for spec in specs]
+    assert before == [fingerprint(spec) for spec in specs] and fingerprint(f"trusted:{specs[0]}") == before[0]
+
+    def changed(file: str, text: str) -> set[int]:
+        was = (here / file).read_text() if (here / file).exists() else None
+        (here / file).write_text(text)
+        found = {i for i, spec in enumerate(specs) if fingerprint(spec) != before[i]}
+        (here / file).unlink() if was is None else (here / file).write_text(was)
+        return found
+
+    assert changed("net.onnx", "other") == {0, 3} and changed("w.pth", "other") == {1}
+    assert changed("own/config.json", "other") == changed("own/model.safetensors", "other") == {2}
+    assert changed("net.json", '{"std": 2}') == {0} and changed("w.json", '{"std": 2}') == {1}
+    assert changed("server.json", '{"classifier": "http://host/x", "std": 2}') == {4}
+    (here / "w.pth").unlink()
+    with pytest.raises(ValueError, match=f"cannot read the classifier {here}/w.pth"):
+        fingerprint(specs[1])
+
+
 def test_grad_cam_needs_a_layer(tmp_path: Path) -> None:
     state = ResNet("resnet18", 3).state_dict()
     safetensors.torch.save_file(state, tmp_path / "net.safetensors")

@@ -214,6 +214,25 @@ def test_a_run_folder_of_another_version_may_know_other_options(tmp_path: Path) 
     runs.refuse_contradictions(run, RunOptions(dataset="synthetic", run=str(folder)))
 
 
+def test_one_folder_may_be_spelled_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = ("images", "./images/", f"{tmp_path}/images", f"{tmp_path}/../{tmp_path.name}/images")
+    for name in given:
+        words = ["--dataset", name, "--data-root", name, "--classifier", f"torchvision:resnet18@{name}/w.pth"]
+        options = parse(shard.ShardOptions, [*words, "--run", "r"])
+        assert options.dataset == options.data_root == f"{tmp_path}/images"
+        assert options.classifier == f"torchvision:resnet18@{tmp_path}/images/w.pth"
+    run = Run(str(tmp_path / "r"))
+    table = dataclasses.asdict(options) | {"dataset": "images"}  # as an earlier version noted it down
+    run.state["stages"] = {"shard": {"options": {name: table[name] for name in shard.OWN}, "result": {}}}
+    runs.refuse_contradictions(run, options)
+    with pytest.raises(UserError, match=r"--dataset chest_xray contradicts .*, made with --dataset images"):
+        runs.refuse_contradictions(run, parse(shard.ShardOptions, [*words, "--run", "r", "--dataset", "chest_xray"]))
+    for name in ("synthetic", "chest_xray", "s3://bucket/images", "no/such"):
+        assert parse(shard.ShardOptions, ["--dataset", name, "--run", "r"]).dataset == name
+
+
 def test_a_folder_shards_of_somebody_else_is_left_alone(tmp_path: Path, archive: Path) -> None:
     theirs = tmp_path / "run" / "shards" / "theirs.tar"
     theirs.parent.mkdir(parents=True)
