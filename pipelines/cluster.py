@@ -54,7 +54,7 @@ def connect() -> None:
         env = quiet | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
         # Four slots at least: a bulk stage needs one for its actor and others for Ray Data's own tasks.
         try:
-            ray.init("local", num_cpus=max(4, os.cpu_count() or 1), object_store_memory=500_000_000,
+            ray.init("local", num_cpus=max(4, cores_here()), object_store_memory=500_000_000,
                      dashboard_port=port, logging_level=logging.ERROR, runtime_env={"env_vars": env})  # fmt: skip
         except Exception as error:  # Ray has no class for it
             if "timed out during startup" in str(error):
@@ -91,11 +91,18 @@ def where(options: RunOptions) -> dict[str, Any]:
     return {"device": "cuda" if gpus_of(options) else "cpu", "bf16": options.precision == "bfloat16"}
 
 
+def cores_here() -> int:
+    """CPU cores that this process may use: fewer than the machine's in a container that is granted fewer."""
+    from joblib import cpu_count  # here: workers need it not
+
+    return cpu_count()
+
+
 def cores(options: RunOptions) -> int:
     """CPU cores of the cluster; of this machine for Ray inside this process, which has more slots than cores."""
     if "RAY_ADDRESS" in os.environ:
         return max(1, int(ray.cluster_resources().get("CPU", 0)))
-    return options.threads or os.cpu_count() or 1
+    return options.threads or cores_here()
 
 
 def train_workers(options: RunOptions, batch: int) -> int:
@@ -135,8 +142,15 @@ def _in_bfloat16(part: Any, *inputs: Tensor) -> Tensor:
 
 
 def threads_for(options: RunOptions, processes: int) -> int:
-    """Threads for each of so many processes on this machine."""
-    return max(1, (options.threads or os.cpu_count() or 1) // processes)
+    """Threads for each of so many processes, on this machine or spread over the cluster's.
+
+    Not the cores of this machine then, which may be the head's: those that Ray has on the one with the fewest.
+    """
+    if "RAY_ADDRESS" not in os.environ:
+        return max(1, (options.threads or cores_here()) // processes)
+    slots = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    slots = [count for count in slots if count] or [1]
+    return max(1, (options.threads or min(slots)) // -(-processes // len(slots)))
 
 
 def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, Any], batch: int,

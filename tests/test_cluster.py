@@ -55,7 +55,7 @@ from pipelines.run import RunOptions
 from ray.cluster_utils import Cluster
 
 memory = {"object_store_memory": 100_000_000}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **memory})
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "include_dashboard": False, **memory})
 os.environ["RAY_ADDRESS"] = cluster.address
 ours.connect()
 ours.START_MINUTES = 0.01
@@ -67,9 +67,10 @@ ours.START_MINUTES = 2
 asked = RunOptions(device="cuda", workers=2)
 with ThreadPoolExecutor(1) as pool:
     waiting = pool.submit(ours.gpus_of, asked)
-    cluster.add_node(num_cpus=1, num_gpus=2, **memory)
+    cluster.add_node(num_cpus=8, num_gpus=2, **memory)
     print("got", waiting.result())
     print("trains on", ours.train_workers(asked, batch=4))
+    print("threads", *[ours.threads_for(RunOptions(threads=n), 4) for n in (0, 2)], ours.threads_for(RunOptions(), 99))
     print("by itself", ours.gpus_of(RunOptions()), "without", ours.gpus_of(RunOptions(device="cpu")))
 ray.shutdown()  # a cluster does not take down the node that its own process is joined to
 cluster.shutdown()
@@ -144,4 +145,4 @@ def test_cuda_waits_for_gpus_that_an_autoscaler_starts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if not line.startswith("asking")]
     assert said[0].startswith("refused: --device cuda, but this Ray cluster has no GPU")
-    assert said[1:] == ["got 2", "trains on 2", "by itself 2 without 0"]
+    assert said[1:] == ["got 2", "trains on 2", "threads 3 1 1", "by itself 2 without 0"]
