@@ -6,6 +6,7 @@ Legend: B images, H height, W width, C classes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import io
@@ -119,7 +120,8 @@ def resolve(spec: str, trust_pickle: bool = False, folder: str = "") -> str:
         return spec
     network, at, path = _parted(spec)
     if "://" not in path and path:
-        path = f"{folder}/{path}" if "://" in folder else os.path.abspath(os.path.join(folder, path))
+        local = os.path.join(folder, os.path.expanduser(path))
+        path = f"{folder}/{path}" if "://" in folder else os.path.abspath(local)
     mark = TRUSTED if trust_pickle and path.endswith((".json", ".pt2", ".pth", ".pt")) and not at else ""
     return mark + network + at + path
 
@@ -160,8 +162,8 @@ def read_card(spec: str) -> tuple[str, Card]:
 def fingerprint(spec: str) -> str:
     """A hash of what a classifier is read from: 64 hexadecimal digits.
 
-    Of its files and its card; of a server and a function there is the card alone. Raises ValueError where a file is
-    gone.
+    Of its files and its card; of a server and a function there is the card alone. Of weights that lie beside an ONNX
+    file those are seen whose name begins with its own. Raises ValueError where a file is gone.
     """
     spec = spec.removeprefix(TRUSTED)
     what, card = read_card(spec) if is_foreign(spec) else (spec, Card())
@@ -173,6 +175,8 @@ def fingerprint(spec: str) -> str:
         files = [f"{path}/model.safetensors", f"{path}/config.json"]
     else:
         files = [] if what.startswith("http") or FUNCTION.fullmatch(what) else [path]
+        if path.endswith(".onnx"):
+            files += sorted(glob.glob(f"{glob.escape(path)}?*"))
     for file in files:
         found.update(_read(file))
     return found.hexdigest()

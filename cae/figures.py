@@ -51,8 +51,10 @@ def overlay(image: np.ndarray, heat: np.ndarray, alpha: float = 0.75) -> np.ndar
 
 def captioned(picture: np.ndarray, lines: Sequence[str], height: int = 256) -> np.ndarray:
     """A picture uint8 (H, W, 3), enlarged by a whole number to about `height` pixels, with lines of text below it."""
-    large = picture.repeat(times := max(1, round(height / len(picture))), 0).repeat(times, 1)
-    font = ImageFont.load_default(15)
+    times = max(1, round(height / len(picture)))
+    large = picture.repeat(times, 0).repeat(times, 1)
+    lines = [textwrap.shorten(line, 100) for line in lines]
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 14)
     width = max(large.shape[1], *(int(font.getlength(line)) + 12 for line in lines))
     strip = Image.new("RGB", (width, 20 * len(lines) + 6), "white")
     ImageDraw.Draw(strip).multiline_text((6, 3), "\n".join(lines), INK, font)

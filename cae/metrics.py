@@ -368,7 +368,8 @@ def separability(codes: ArrayLike, labels: ArrayLike, seed: int = 0,
     Accuracy `_mean` and `_std` over the folds (scikit-learn's settings; the paper names none) of a random `forest`,
     of a `stump` (one threshold on one coordinate) and of the nearest neighbour, `1nn`, all on the same folds; of the
     forest where no group of `groups` (N,), a patient's images say, is parted by a fold, `forest_grouped`: images of one
-    patient are alike, whatever the codes are worth (not a number without groups, or where a class is all one group);
+    patient are alike, whatever the codes are worth (in `folds_grouped`, ten or as many as a class has groups; not a
+    number without groups, or where a class is all one group);
     `effective_dimension`, the participation ratio of the covariance's eigenvalues, 1 .. D (0 if all codes are equal);
     `two_component_share` of the variance; `folds`, ten or the smallest class's size, which `note` then says.
     Raises ValueError if there is one class only, or a class with fewer than 2 codes.
@@ -408,13 +409,15 @@ def separability(codes: ArrayLike, labels: ArrayLike, seed: int = 0,
     for name, model in models.items():
         scores = cross_val_score(model, points, classes, cv=splits)
         result |= {f"{name}_mean": float(scores.mean()), f"{name}_std": float(scores.std())}
-    apart = np.arange(len(points)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    most = min(10, *(len(np.unique(apart[classes == name])) for name in names))
-    scores = np.array([np.nan])
-    if groups is not None and most > 1:
+    scores, most = np.array([np.nan]), 0
+    if groups is not None:
+        apart = np.unique(np.asarray(groups), return_inverse=True)[1]
+        most = min(10, *(len(np.unique(apart[classes == name])) for name in names))
+    if most > 1:
         by_group = StratifiedGroupKFold(most, shuffle=True, random_state=seed)
         scores = cross_val_score(models["forest"], points, classes, groups=apart, cv=by_group)
-    return result | {"forest_grouped_mean": float(scores.mean()), "forest_grouped_std": float(scores.std())}
+    return result | {"forest_grouped_mean": float(scores.mean()), "forest_grouped_std": float(scores.std()),
+                     "folds_grouped": most}  # fmt: skip
 
 
 def paired_bootstrap(

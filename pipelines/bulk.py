@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -96,7 +97,7 @@ def bulk(
         _Task,  # type: ignore[arg-type]  # a class whose instances are called, as Ray Data's actors want it
         fn_constructor_kwargs={
             "worker": worker, "arguments": arguments, "folder": run.folder, "out": out,
-            "threads": threads_for(options, actors),
+            "threads": threads_for(options, actors, gpus),
         },
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.5,
@@ -164,10 +165,10 @@ def read_table(run: Run, folder: str, columns: list[str] | None = None, parts: l
     return pa.concat_tables(tables).sort_by("id")
 
 
-def read_predicted(run: Run, split: str) -> np.ndarray:
-    """The classifier's classes of the images of a split."""
+def read_predicted(run: Run, *splits: str) -> np.ndarray:
+    """The classifier's classes of the images of some splits."""
     table = read_table(run, "predictions", ["id", "split", "predicted"])
-    return table["predicted"].to_numpy()[table["split"].to_numpy() == split]
+    return table.filter(pc.is_in(table["split"], pa.array(splits)))["predicted"].to_numpy()
 
 
 def read_part(run: Run, name: str, columns: list[str] | None = None) -> pa.Table:

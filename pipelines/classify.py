@@ -59,25 +59,36 @@ class ClassifyOptions(ShardOptions):
 def prepare(run: Run, options: ClassifyOptions) -> Work:
     """The work, by a classifier that answers, or images to train one on."""
     names = tuple(run.result("shard")["classes"])
-    spec, differentiable, known = run.path("classifier"), True, None
+    spec, differentiable, known, found = run.path("classifier"), True, None, ""
     if options.classifier:
         spec = resolve(options.classifier, options.trust_pickle)
-        differentiable = classifiers.load(spec, names).differentiable
+        differentiable, found = classifiers.load(spec, names).differentiable, fingerprint(spec)
+        connect()
+        where(options)
     else:
         index = read_index(run).to_pandas()
         known = index[(index.split == "train") & index.label.notna()]
         if known.empty:
             raise UserError("no labelled images in train: give a trained classifier with --classifier")
-    connect()
-    train_workers(options, options.resnet.batch)
-    return partial(classify, run, options, names, spec, differentiable, known)
+        connect()
+        train_workers(options, options.resnet.batch)
+    return partial(classify, run, options, names, spec, differentiable, known, found)
 
 
 def classify(run: Run, options: ClassifyOptions, names: tuple[str, ...], spec: str, differentiable: bool,
-             known: pd.DataFrame | None) -> dict[str, Any]:  # fmt: skip
-    """Train a classifier on `known` images, if any, and write its predictions; returns its accuracy on every split."""
+             known: pd.DataFrame | None, found: str) -> dict[str, Any]:  # fmt: skip
+    """Train a classifier on `known` images, if any, and write its predictions; returns its accuracy on every split.
+
+    `found` is the fingerprint of one that is not trained here: predictions of another one, which the same file held
+    when an earlier call was killed, are dropped.
+    """
     if known is not None:
         _train(run, options, names, known)
+        found = fingerprint(spec)
+    elif run.state["stages"]["classify"].get("fingerprint", found) != found and run.fs.exists(run.path("predictions")):
+        run.fs.rm(run.path("predictions"), recursive=True)
+    run.state["stages"]["classify"]["fingerprint"] = found
+    run.save()
     bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
          spec=spec, names=names, size=options.model.image_size, fit=options.fit, **where(options))  # fmt: skip
     accuracy = accuracy_table(run, names)
@@ -94,7 +105,7 @@ def classify(run: Run, options: ClassifyOptions, names: tuple[str, ...], spec: s
     says = f"balanced accuracy {shown or 'unknown: no labels'}"
     if not differentiable:
         says += "; the classifier gives outputs only, no gradient"
-    return {"says": says, "spec": spec, "fingerprint": fingerprint(spec), "classes": names,
+    return {"says": says, "spec": spec, "fingerprint": found, "classes": names,
             "differentiable": differentiable, **metrics}  # fmt: skip
 
 

@@ -141,16 +141,19 @@ def _in_bfloat16(part: Any, *inputs: Tensor) -> Tensor:
         return part.in_float32(*inputs).float()
 
 
-def threads_for(options: RunOptions, processes: int) -> int:
-    """Threads for each of so many processes, on this machine or spread over the cluster's.
+def threads_for(options: RunOptions, processes: int, gpus: int = 0) -> int:
+    """Threads for each of so many processes, as if all of them were on one machine: Ray may put them there.
 
-    Not the cores of this machine then, which may be the head's: those that Ray has on the one with the fewest.
+    On a cluster that is the smallest that has work to take, one with GPUs where they are used, and not the head if
+    there are others.
     """
-    if "RAY_ADDRESS" not in os.environ:
-        return max(1, (options.threads or cores_here()) // processes)
-    slots = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    slots = [count for count in slots if count] or [1]
-    return max(1, (options.threads or min(slots)) // -(-processes // len(slots)))
+    available = options.threads or cores_here()
+    if "RAY_ADDRESS" in os.environ and not options.threads:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node for node in nodes if node.get("GPU" if gpus else "CPU")]
+        nodes = [node for node in nodes if "node:__internal_head__" not in node] or nodes
+        available = min((int(node.get("CPU", 1)) for node in nodes), default=1)
+    return max(1, available // processes)
 
 
 def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, Any], batch: int,
@@ -167,7 +170,7 @@ def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, An
         loop,
         train_loop_config=config
         | {
-            "threads": threads_for(options, workers),
+            "threads": threads_for(options, workers, gpus),
             "tracking": tracking.of_stage(),
             "precision": options.precision,
         },

@@ -27,6 +27,7 @@ from pipelines.cluster import connect, where
 from pipelines.command_line import command
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.measure import AT_ONCE, SMOOTHED, MeasureWorker
+from pipelines.mistakes import UserError
 from pipelines.report import write_report
 from pipelines.run import Run, Work
 from pipelines.shard import read_index
@@ -60,8 +61,11 @@ def prepare(run: Run, options: EvaluateOptions) -> Work:
     chosen = run.result("classify")
     names = tuple(chosen["classes"])
     options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
-    oracle = open_oracle(options, chosen)
+    oracle = open_oracle(options, names)
     plan = make_plan(run, options)
+    if not plan.units:
+        why = "; ".join(f"{what}: {reason}" for what, reason in plan.skipped.items())
+        raise UserError(f"there is nothing to measure ({why})")
     connect()
     common = {"spec": chosen["spec"], "names": names, "size": options.model.image_size, "fit": options.fit,
               "ways": read_ways(run, options), "modes": own_modes(options), **where(options)}  # fmt: skip
@@ -75,7 +79,9 @@ def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, A
          oracle=oracle, full=full, draws=options.draws, seed=options.seed, smooth=options.smooth)  # fmt: skip
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
+    codes = tables.sample_codes(codes, options.seed)
     index = read_index(run)
+    index = index.filter(pc.is_in(index["id"], pa.array(pd.concat([rows.id, codes.id]))))
     known = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
     for of_images in (rows, codes):
         # Frames of one file, and its copies, belong together where nothing else is known: they share their ids' hash.

@@ -107,7 +107,7 @@ def prepare(run: Run, options: ExplainOptions) -> Work:
     targets = how["ways"].targets
     if targets in how["names"]:
         own = how["names"].index(targets)
-        if all((read_predicted(run, split) == own).all() for split in options.splits):
+        if (read_predicted(run, *options.splits) == own).all():
             raise UserError(f"the classifier gives every image the class {targets} already: choose other --targets")
     return partial(explain_images, run, options, units, how)
 
@@ -141,15 +141,23 @@ def prepare_archive(run: Run, options: ArchiveOptions, model: Run) -> Work:
     options = replace(options, mode=check(options, model.result("classify")))
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
+    told = {"cae": _fingerprint(model)}
+    told["listing"] = hashlib.sha256((listing(units, found.version) + told["cae"]).encode()).hexdigest()
+    other = run.state.get("listing") != told["listing"] and list_parts(run, "explanations")
+    if other and not options.again:
+        raise UserError(
+            f"{run.folder} holds explanations of another archive or model, or it has changed since, or they were begun "
+            "by an earlier version: choose another --out, or drop them with --again"
+        )
     connect()
-    return partial(explain_archive, run, options, model, units, listing(units, found.version),
-                   explainer(model, options))  # fmt: skip
+    return partial(explain_archive, run, options, units, told, explainer(model, options))
 
 
-def explain_archive(run: Run, options: ArchiveOptions, model: Run, units: list[Unit], listed: str,
+def explain_archive(run: Run, options: ArchiveOptions, units: list[Unit], told: dict[str, str],
                     how: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """Explain every image of an archive; returns counts by status."""
-    _refuse_other(run, model, listed)
+    """Explain every image of an archive, of which (and of the model) run.json is `told`; returns counts by status."""
+    run.state |= told
+    run.save()
     _share_overlays(units, options.overlays)
     bulk(run, options, "explain", units, ArchiveWorker, "explanations/_parts", **how)
 
@@ -192,23 +200,13 @@ def _share_overlays(units: list[Unit], overlays: int) -> None:
         overlays -= unit["overlays"]
 
 
-def _refuse_other(run: Run, model: Run, archive: str) -> None:
-    """Raise UserError when the folder has explanations of an archive, or by a model, that has changed since."""
-    cae = _fingerprint(model)
-    found = hashlib.sha256((archive + cae).encode()).hexdigest()
-    if run.state.get("listing") != found and list_parts(run, "explanations"):
-        raise UserError(
-            f"{run.folder} holds explanations of another archive or model, or it has changed since, or they were begun "
-            "by an earlier version: choose another --out, or drop them with --again"
-        )
-    run.state |= {"listing": found, "cae": cae}
-    run.save()
-
-
 def _fingerprint(model: Run) -> str:
-    """A hash of the CAE's weights: 64 hexadecimal digits."""
-    with model.fs.open(model.path("cae/model.safetensors"), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    """A hash of what explains: the CAE's weights, the classifier and the counter codes; 64 hexadecimal digits."""
+    found = hashlib.sha256(model.result("classify").get("fingerprint", "").encode())
+    for name in ("cae/model.safetensors", "manifold/counter_codes.parquet"):
+        with model.fs.open(model.path(name), "rb") as file:
+            found.update(file.read())
+    return found.hexdigest()
 
 
 def explainer(model: Run, options: ExplainOptions) -> dict[str, Any]:
@@ -263,7 +261,7 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
     # How to explain may be chosen anew; what the model was made with may not.
     runs.refuse_contradictions(model, options, "explain", only_before=True)
     if there.done("explain") and not options.again and there.state.get("cae", cae := _fingerprint(model)) != cae:
-        raise UserError(f"{out} holds explanations by another CAE: choose another --out, or drop them with --again")
+        raise UserError(f"{out} holds explanations by another model: choose another --out, or drop them with --again")
     # The new folder is a run folder of this stage alone; it is tracked where the finished run is.
     options = replace(options, run=out, archive=archive, tracking_uri=tracking.store(model, options))
     return runs.run_stage("explain", options, partial(prepare_archive, model=model), (*OWN, "archive"))

@@ -22,6 +22,7 @@ from pipelines import run as runs
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
 from pipelines.run import Run
+from pipelines.ways import check_donors
 
 STAGES: dict[str, Callable[[Any], Any]] = {
     "shard": shard.main,
@@ -45,22 +46,34 @@ class FullOptions(evaluate.EvaluateOptions, tune.TuneOptions):
     trials: tyro.conf.Suppress[int] = 1
 
 
-def _check(options: FullOptions, stages: list[str]) -> None:
-    """Refuse what the stages explain and evaluate would as soon as the classifier is known, not after the training.
+def _check(options: FullOptions, stages: list[str], before: dict[str, Any]) -> None:
+    """Refuse what later stages would, before any work and as soon as the classifier is known, not after the training.
 
-    The stages before have noted it down as what further calls of the run take: forgotten here.
+    The stages before have noted it down as what further calls of the run take: that is `before` again.
     """
     run = Run(options.run)
-    if run.done("classify"):
-        try:
-            if "explain" in stages:
-                explain.check(options, run.result("classify"))
-            if "evaluate" in stages:
-                train.open_oracle(options, run.result("classify"))
-        except ValueError as error:
-            run.state["options"].pop(str(error).split()[0].removeprefix("--"), None)  # which it begins with
+    made = run.state["stages"].get("shard", {}).get("options", {})
+    decisive = ("dataset", "data_root", "classifier")
+    renewed = any(made.get(name) != getattr(options, name) for name in decisive)  # the classes may be others then
+    known = run.result("classify") if run.done("classify") and not renewed else None
+    try:
+        if "train" in stages:
+            train.check(options)
+        if "explain" in stages:
+            check_donors(options)
+            if known:
+                explain.check(options, known)
+        if {"tune", "train", "evaluate"} & set(stages):
+            train.open_oracle(options, known["classes"] if known else ())
+    except ValueError as error:
+        name = str(error).split()[0].removeprefix("--").replace("-", "_")  # which it begins with
+        if name in before:
+            run.state["options"][name] = before[name]
+        else:
+            run.state["options"].pop(name, None)
+        if run.state["stages"]:
             run.save()
-            raise
+        raise
 
 
 def main(options: FullOptions) -> None:
@@ -76,17 +89,17 @@ def main(options: FullOptions) -> None:
         runs.refuse_contradictions(run, options)
         print(f"nothing to do: {', '.join(stages)} are done in {run.folder}")
     else:
-        begun = time.time()
+        begun, before = time.time(), dict(run.state["options"])
+        _check(options, stages, before)
         print(f"{options.dataset}, preset {options.preset}, run folder {run.folder}", flush=True)
         for name in stages:
-            renewed = options.again and name in ("shard", "classify")  # which may change the classes
-            if not renewed:
-                _check(options, stages)
             if name == "tune":
                 tune.main(replace(options, trials=options.tune))
                 options = tune.best_of(run, options)
             else:
                 STAGES[name](options)
+            if name == "classify":
+                _check(options, stages, before)
         print(f"finished in {(time.time() - begun) / 60:.1f} min")
     run = Run(options.run)
     if run.done("evaluate"):

@@ -167,8 +167,8 @@ class ExplainWorker:
         heat = row["map"].astype(np.float32).reshape(self.size, self.size)
         source, target = (self.names[row[which]] for which in ("source", "target"))
         says = (
-            f"{source} to {target}: {row['status']}",
-            f"p({target}) {row['p_target_start']:.2f} to {row['p_target_end']:.2f}, map up to {heat.max():.1e}",
+            f"{source} → {target}: {row['status']}",
+            f"p({target}) {row['p_target_start']:.2f} → {row['p_target_end']:.2f}, map up to {heat.max():.1e}",
         )
         picture = np.concatenate([image, figures.overlay(image, heat)], 1)
         name = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in row["id"])[-120:]

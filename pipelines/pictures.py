@@ -105,10 +105,12 @@ def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: 
     both = mapped.dropna(subset="donor")
     donated = both if len(both) else rows.dropna(subset="donor")
     pictures: Pictures = {}
-    if len(donated):
-        pictures |= _swaps(run, options, cae, blackbox, _few(donated, options.seed), names)
-    sample = _few(both if len(both) else mapped, options.seed)
-    images = read_images(run, sample.id.to_numpy(), options.model.image_size, options.fit)
+    swapped, sample = _few(donated, options.seed), _few(both if len(both) else mapped, options.seed)
+    ids = np.concatenate([sample.id, swapped.id, swapped.donor])  # at once: it opens every shard
+    found = read_images(run, ids, options.model.image_size, options.fit)
+    images, originals, donors = np.split(found, [len(sample), len(sample) + len(swapped)])
+    if len(swapped):
+        pictures |= _swaps(cae, blackbox, swapped, originals, donors, names)
     if len(kept):
         pictures["maps"] = (
             f"Maps by every method, over their images, each in its own scale. CAE's mode is {options.mode}.",
@@ -119,15 +121,15 @@ def draw_examples(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: 
 
 def _few(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Some images of every class, chosen by the seed and not by their looks."""
+    if rows.empty:
+        return rows
     rows = rows.sort_values("id").groupby("source").sample(frac=1, random_state=seed)
     return rows.groupby("source").head(max(1, SAMPLES // rows.source.nunique()))
 
 
-def _swaps(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, sample: pd.DataFrame,
+def _swaps(cae: CAE, blackbox: BlackBox, sample: pd.DataFrame, images: np.ndarray, donors: np.ndarray,
            names: tuple[str, ...]) -> Pictures:  # fmt: skip
     """Class codes put into other images, and on the way there."""
-    images = read_images(run, sample.id.to_numpy(), options.model.image_size, options.fit)
-    donors = read_images(run, sample.donor.to_numpy(), options.model.image_size, options.fit)
     code, individual = cae.encode(to_tensor(images))
     given = cae.encode(to_tensor(donors))[0]
     target = torch.tensor(sample.swap_target.to_numpy(int))

@@ -182,10 +182,10 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
     """
     run = Run(options.run)
     refuse_contradictions(run, options, name, only_before=options.again)
-    refuse_unfinished(run, options, needs)
     if run.done(name) and not options.again:
         print(f"{name:9} already done in {run.folder}", flush=True)
         return run.state["stages"][name]["result"]
+    refuse_unfinished(run, options, needs)
     work = prepare(run, options)
     run.save()  # fails here, before anything is dropped, where it cannot be written
     experiment = tracking.open_experiment(run, options)
@@ -266,8 +266,9 @@ def absolute(option: str, value: Any) -> Any:
         return value
     if option in ("classifier", "oracle"):
         return resolve(value)
+    value = os.path.expanduser(value)
     named = option == "dataset" and (value in (*DATASETS, "synthetic") or not os.path.exists(value))
-    return value.rstrip("/") or value if named or "://" in value else os.path.abspath(os.path.expanduser(value))
+    return value.rstrip("/") or value if named or "://" in value else os.path.abspath(value)
 
 
 def refuse_contradictions(run: Run, options: RunOptions, name: str = "", only_before: bool = False) -> None:

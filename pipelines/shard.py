@@ -76,10 +76,9 @@ def prepare(run: Run, options: ShardOptions) -> Work:
                                      options.classes, options.shortcut, options.seed)  # fmt: skip
         names, units, source, version = list(config.class_names), _ranges(options.images), "synthetic", ""
         arguments: dict[str, Any] = {"config": config}
+        if options.classifier:
+            classifiers.load(resolve(options.classifier, options.trust_pickle), config.class_names)
     else:
-        for name in ("images", "classes", "shortcut"):
-            if getattr(options, name) != getattr(ShardOptions, name):
-                raise UserError(f"--{name} is of --dataset synthetic, and this is {options.dataset}: leave it out")
         source = data.locate(options.dataset, options.data_root or None)
         found = sources.survey(source, UNIT_ROWS)
         names, version = found.labels, found.version

@@ -232,12 +232,17 @@ def _swapped(rows: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
+def sample_codes(codes: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """As many codes of each split as their separability is measured on."""
+    parts = [part.sample(min(len(part), SEPARATED), random_state=seed) for _, part in codes.groupby("split")]
+    return pd.concat(parts) if parts else codes
+
+
 def separability_table(codes: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Table III: how well the class codes alone tell b's classes apart, by split; codes: `split`, `predicted`,
     `class_code`, and `group` for images that belong together."""
     out = []
     for split, part in codes.groupby("split"):
-        part = part.sample(min(len(part), SEPARATED), random_state=seed)
         counts = part.predicted.value_counts()
         part = part[part.predicted.isin(counts[counts > 1].index)]
         if part.predicted.nunique() > 1:

@@ -61,12 +61,24 @@ class TrainOptions(ClassifyOptions):
 
 def prepare(run: Run, options: TrainOptions) -> Work:
     """The work: a training that can be done, or a network of the authors' that is there."""
+    cae = check(options)
+    return partial(train, run, options, plan(run, options)) if cae is None else partial(_take, run, options, cae)
+
+
+def check(options: TrainOptions) -> CAE | None:
+    """The authors' network, if it is to be taken. Raises UserError for options that no training can have, ValueError
+    for a file that is no such network."""
     if options.authors_generator:
         if replace(options.model, image_size=0) != replace(PRESETS["paper"].model, image_size=0):
             raise UserError("--authors-generator is the network of --preset paper: give that, and no other sizes")
-        cae, _ = from_authors(read_weights(options.authors_generator, "ab"))
-        return partial(_take, run, options, cae)
-    return partial(train, run, options, plan(run, options))
+        return from_authors(read_weights(options.authors_generator, "ab"))[0]
+    if options.model.class_encoder == "residual" and not options.train.warm_up:
+        raise UserError("--warm-up 0 leaves the norm of the residual class encoder without statistics: give it steps, "
+                        "or --class-encoder plain")  # fmt: skip
+    if options.workers and options.train.batch % options.workers:
+        raise UserError(f"--batch {options.train.batch} does not divide among {options.workers} workers: choose "
+                        "another --workers")  # fmt: skip
+    return None
 
 
 def train(run: Run, options: TrainOptions, planned: dict[str, Any]) -> dict[str, Any]:
@@ -91,16 +103,16 @@ def fit(run: Run, options: TrainOptions, name: str, planned: dict[str, Any], sav
     return fit_torch(run, options, name, _train_loop, how, options.train.batch, callbacks, retries)
 
 
-def open_oracle(options: TrainOptions, chosen: dict[str, Any]) -> str:
-    """The oracle as any process finds it, or "" for none; stage classify noted down `chosen`.
+def open_oracle(options: TrainOptions, classes: Sequence[str]) -> str:
+    """The oracle as any process finds it, or "" for none.
 
-    Raises UserError for one that does not answer, or does not know the same classes.
+    Raises UserError for one that does not answer, or does not know the same classes, if any are given.
     """
     if not options.oracle:
         return ""
     try:
         oracle = resolve(options.oracle, options.trust_pickle)
-        classifiers.load(oracle, tuple(chosen["classes"]))
+        classifiers.load(oracle, tuple(classes))
     except ValueError as error:
         raise UserError(f"--oracle {options.oracle}: {error}") from error
     return oracle
@@ -109,7 +121,7 @@ def open_oracle(options: TrainOptions, chosen: dict[str, Any]) -> str:
 def plan(run: Run, options: TrainOptions) -> dict[str, Any]:
     """What a training on the train split takes. Raises UserError where there can be none."""
     chosen = run.result("classify")
-    oracle = open_oracle(options, chosen)
+    oracle = open_oracle(options, chosen["classes"])
     class_head = choose_class_head(options.train.class_head, chosen.get("differentiable", True))
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label
@@ -126,9 +138,6 @@ def plan(run: Run, options: TrainOptions) -> dict[str, Any]:
             + ("give images of its other classes too" if options.classifier else
                "give more data, or train it longer (classify.py --again --resnet.min-steps N)")
         )  # fmt: skip
-    if options.model.class_encoder == "residual" and not options.train.warm_up:
-        raise UserError("--warm-up 0 leaves the norm of the residual class encoder without statistics: give it steps, "
-                        "or --class-encoder plain")  # fmt: skip
     pairs = training.draw_pairs(known.y.to_numpy(np.int64), options.train, options.seed)
     used, position = np.unique(pairs.index, return_inverse=True)  # only the images that some pair names are read
     held_out = table[table.split == ("val" if (table.split == "val").any() else "train")]

@@ -31,7 +31,7 @@ from pipelines.command_line import command, read_best
 from pipelines.mistakes import UserError, user_error
 from pipelines.report import png
 from pipelines.run import Run, Work
-from pipelines.train import TrainOptions, fit, plan
+from pipelines.train import TrainOptions, check, fit, plan
 
 WEIGHTS = ("recon_x", "recon_c", "recon_s", "cyc_x", "adv1", "cla1", "adv2", "cla2")  # lambda 1-6, phi 1-2
 HEADS = ["learned", "distilled", "blackbox", "both"]
@@ -76,6 +76,7 @@ def prepare(run: Run, options: TuneOptions) -> Work:
     if len(np.unique(read_predicted(run, "val"))) < 2:
         raise UserError("a search measures swaps on val, all of which the classifier gives the same class")
     _proposals(options, [])
+    check(options)
     plan(run, options)
     return partial(search, run, options)
 

@@ -299,6 +299,7 @@ def test_a_fingerprint_is_of_what_a_classifier_is_read_from(tmp_path: Path) -> N
         return found
 
     assert changed("net.onnx", "other") == {0, 3} and changed("w.pth", "other") == {1}
+    assert changed("net.onnx.data", "other") == {0, 3}
     assert changed("own/config.json", "other") == changed("own/model.safetensors", "other") == {2}
     assert changed("net.json", '{"std": 2}') == {0} and changed("w.json", '{"std": 2}') == {1}
     assert changed("server.json", '{"classifier": "http://host/x", "std": 2}') == {4}

@@ -70,7 +70,8 @@ with ThreadPoolExecutor(1) as pool:
     cluster.add_node(num_cpus=8, num_gpus=2, **memory)
     print("got", waiting.result())
     print("trains on", ours.train_workers(asked, batch=4))
-    print("threads", *[ours.threads_for(RunOptions(threads=n), 4) for n in (0, 2)], ours.threads_for(RunOptions(), 99))
+    print("threads", ours.threads_for(RunOptions(), 2), ours.threads_for(RunOptions(threads=6), 2),
+          ours.threads_for(RunOptions(), 2, gpus=2), ours.threads_for(RunOptions(), 99))
     print("by itself", ours.gpus_of(RunOptions()), "without", ours.gpus_of(RunOptions(device="cpu")))
 ray.shutdown()  # a cluster does not take down the node that its own process is joined to
 cluster.shutdown()
@@ -145,4 +146,4 @@ def test_cuda_waits_for_gpus_that_an_autoscaler_starts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if not line.startswith("asking")]
     assert said[0].startswith("refused: --device cuda, but this Ray cluster has no GPU")
-    assert said[1:] == ["got 2", "trains on 2", "threads 3 1 1", "by itself 2 without 0"]
+    assert said[1:] == ["got 2", "trains on 2", "threads 4 3 4 1", "by itself 2 without 0"]

@@ -85,6 +85,7 @@ def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) ->
     for words, says in {
         ("--image-size", "50"): "multiple of 4", ("--steps", "-1"): "--steps is -1",
         ("--smooth", "-1"): "--smooth is -1", ("--draws", "0"): "--draws is 0", ("--epochs", "-3"): "--epochs is -3",
+        ("--smooth", "9"): "--smooth is 9.0: it must be 0.5 at most", ("--margin", "2"): "--margin is 2.0",
         ("--cla1", "-1"): "--cla1 is -1", ("--flip", "7"): "--flip is 7.0: it must be 1 at most",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=says):
@@ -101,17 +102,18 @@ def test_what_explain_cannot_do_is_refused_before_the_training(tmp_path: Path) -
         ("--targets", "c"): "--targets c", ("--counter", "x.png#1", "--donors", "2"): "there is one, an image's",
     }.items():  # fmt: skip
         run.state = {"options": {}, "stages": {
+            "shard": {"options": {"dataset": "synthetic", "data_root": "", "classifier": ""}},
             "classify": {"options": {}, "result": {"classes": ["a", "b"], "differentiable": False}}}}  # fmt: skip
         run.save()
         options = parse(full.FullOptions, ["--dataset", "synthetic", "--run", run.folder, *words])
         run.state["options"] = {"mode": options.mode, "donors": options.donors, "targets": options.targets}
         run.save()  # as the stages before do
-        with pytest.raises(ValueError, match=says):
-            full._check(options, ["explain"])
         wrong = "donors" if "--donors" in words else words[0].removeprefix("--")
-        assert {"mode", "donors", "targets"} - set(Run(run.folder).state["options"]) == {
-            wrong
-        }  # no default of the next
+        for before in ({}, {wrong: "fine"}):  # no default of the next call, which has what it had before
+            with pytest.raises(ValueError, match=says):
+                full._check(options, ["explain"], before)
+            held = Run(run.folder).state["options"]
+            assert {"mode", "donors", "targets"} - set(held) == {wrong} - set(before) and before.items() <= held.items()
 
 
 def test_of_an_option_given_twice_the_last_one_counts(tmp_path: Path) -> None:
@@ -229,6 +231,9 @@ def test_one_folder_may_be_spelled_in_two_ways(tmp_path: Path, monkeypatch: pyte
     runs.refuse_contradictions(run, options)
     with pytest.raises(UserError, match=r"--dataset chest_xray contradicts .*, made with --dataset images"):
         runs.refuse_contradictions(run, parse(shard.ShardOptions, [*words, "--run", "r", "--dataset", "chest_xray"]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = parse(shard.ShardOptions, ["--run", "r", "--dataset=~/images", "--classifier=timm:x@~/images/w.pth"])
+    assert (options.dataset, options.classifier) == (f"{tmp_path}/images", f"timm:x@{tmp_path}/images/w.pth")
     for name in ("synthetic", "chest_xray", "s3://bucket/images", "no/such"):
         assert parse(shard.ShardOptions, ["--dataset", name, "--run", "r"]).dataset == name
 

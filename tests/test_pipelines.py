@@ -386,13 +386,16 @@ def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -
         ("explain.py", "--counter", "nobody"): "--counter nobody: choose",
         ("evaluate.py", "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
         ("shard.py", "--dataset", "/gone"): "'/gone' is no path that exists",
-        ("train.py", "--workers", "50"): "--workers 50, but the Ray cluster has",
+        ("train.py", "--workers", "3"): "--batch 4 does not divide among 3 workers",
+        ("full.py", "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
+        ("full.py", "--targets", "nobody"): "--targets nobody: choose",
+        ("full.py", "--donors", "99"): "--donors 99: of --counter medoid there are 8 at most",
     }.items():
         script, *wrong = words
         refused = command(script, "--run", str(folder), "--again", *wrong)
         assert refused.returncode and says in refused.stderr and "Traceback" not in refused.stderr
         assert sorted(path for path in folder.rglob("*") if path.is_file()) == held  # nothing is dropped
-        assert state(folder)["stages"] == state(finished)["stages"]
+        assert state(folder) == state(finished)
     other = ["--mode", "patch", "--targets", "spot", "--counter", "random", "--donors", "3", "--path", "guided"]
     done = command("explain.py", "--run", str(folder), "--again", *other)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -123,4 +123,4 @@ def test_class_encoder_is_taught_by_a_classifier_with_a_gradient_whose_predictio
     options = train.TrainOptions(run=str(tmp_path), labels=labels, model=preset.model, train=preset.train)
     assert train.plan(run, options)["teach"] is teach
     with pytest.raises(UserError, match="--warm-up 0"):
-        train.plan(run, replace(options, train=replace(preset.train, warm_up=0)))
+        train.check(replace(options, train=replace(preset.train, warm_up=0)))
