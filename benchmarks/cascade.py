@@ -10,7 +10,6 @@ python benchmarks/cascade.py --run runs/chest_xray-quick
 
 from __future__ import annotations
 
-import datetime
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 from methods import Method, alikeness, examples, methods, networks
-from record import append, machine
+from record import append, here_and_now
 from torch import Tensor
 
 from cae.classifiers import BlackBox
@@ -77,7 +76,7 @@ def main(options: Options) -> None:
 
     begun = time.time()
     rows: list[dict[str, object]] = []
-    common = {"date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+    common = {**here_and_now(), "run": Path(options.run).name,
               "seed": options.seed}  # fmt: skip
     original = {name: maps(name, blackbox) for name in found}
 

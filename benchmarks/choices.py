@@ -10,7 +10,6 @@ python benchmarks/choices.py --run runs/chest_xray-quick
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 from methods import networks
-from record import append, machine
+from record import append, here_and_now, say
 from torch import Tensor
 
 from cae import metrics
@@ -113,13 +112,13 @@ def main(options: Options) -> None:
         first = mean if name == DEFAULTS else first
         difference, low, high = metrics.paired_bootstrap(mean, first, groups=groups)
         rows.append({
-            "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+            **here_and_now(), "run": Path(options.run).name,
             "images": len(x), "choice": name, "flipped": f"{flipped:.3f}",
             **{fill: f"{float(value.mean()):.3f}" for fill, value in by_fill.items()},
             "mean": f"{float(mean.mean()):.3f}", "this_minus_defaults": f"{difference:.3f}",
             "low": f"{low:.3f}", "high": f"{high:.3f}",
         })  # fmt: skip
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine", "run")), flush=True)
+        say(rows[-1])
     append(TABLE, rows)
 
 

@@ -9,7 +9,6 @@ python benchmarks/class_head.py --run runs/chest_xray-quick --oracle runs/chest-
 
 from __future__ import annotations
 
-import datetime
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import tyro
 from here import as_workers_run, blackbox_of, data, training_of, warmed
 from methods import alikeness, maps_to
-from record import append, machine
+from record import append, here_and_now, say
 
 from cae import classifiers
 from cae.config import PRESETS, ClassHead
@@ -74,7 +73,7 @@ def main(options: Options) -> None:
             source, target = torch.from_numpy(part.y), torch.from_numpy(part.y[donors])
             found = judge(trainer.best, blackbox, x, target, torch.from_numpy(donors), oracle).measures
             row: dict[str, object] = {
-                "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+                **here_and_now(), "run": Path(options.run).name,
                 "seed": options.seed, "pairs": options.pairs, "class_head": head, "cpu_minutes": f"{minutes:.1f}",
                 "asked_per_pair": ASKED[head], "split": split,
                 **{name: f"{found[name]:.3f}" for name in ("swap_success", "oracle_success", "keeps_class", "believed",
@@ -87,7 +86,7 @@ def main(options: Options) -> None:
             for name, other in (("random", maps_to(trainer.best, random, *given)), ("other_image", own.roll(1, 0))):
                 row |= {f"{name}_spearman": alikeness(own, other)["spearman"]}
             append(TABLE, [row])
-            print("  ".join(f"{k} {v}" for k, v in row.items() if k not in ("date", "machine")), flush=True)
+            say(row)
 
 
 if __name__ == "__main__":

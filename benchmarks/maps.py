@@ -9,7 +9,6 @@ python benchmarks/maps.py --run runs/chest_xray-quick --sizes 64 128
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from statistics import median
 import numpy as np
 import torch
 import tyro
-from record import append, machine
+from record import append, here_and_now, say
 from torch import Tensor
 
 from cae import classifiers, training
@@ -104,11 +103,11 @@ def main(options: Options) -> None:
         for name in ways:
             took = median(times[name])
             rows.append({
-                "date": datetime.date.today().isoformat(), "machine": machine(), "threads": torch.get_num_threads(),
+                **here_and_now(), "threads": torch.get_num_threads(),
                 "size": size, "images": len(x), "way": name, "maps_per_second": f"{1 / took:.2f}",
                 "ratio": f"{median(times['plain']) / took:.2f}", "flipped": f"{share[name]:.3f}",
             })  # fmt: skip
-            print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
+            say(rows[-1])
     append(TABLE, rows)
 
 

@@ -17,7 +17,6 @@ python benchmarks/pixel_flipping.py --run runs/chest_xray-quick
 
 from __future__ import annotations
 
-import datetime
 import sys
 import time
 import warnings
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 import tyro
 from quantus import PixelFlipping
-from record import append, machine
+from record import append, here_and_now
 from torch import Tensor, nn
 
 from cae import classifiers, metrics
@@ -193,7 +192,7 @@ def main(options: Options) -> None:
     maps = {name: peers()[name].maps(blackbox, images, target) for name in PEERS}
     maps |= {"random": controls.random_map(images), "Sobel": controls.sobel(images), "centre": controls.centre(images)}
     pairs = {name: curves(blackbox, images, target, heat, options.patch) for name, heat in maps.items()}
-    common = {"date": datetime.date.today().isoformat(), "machine": machine(), "threads": torch.get_num_threads(),
+    common = {**here_and_now(), "threads": torch.get_num_threads(),
               "run": Path(options.run).name, "size": size, "images": len(images), "patch": options.patch}  # fmt: skip
     rows = []
     for curve in pairs["random"]:

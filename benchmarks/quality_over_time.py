@@ -13,7 +13,6 @@ python benchmarks/quality_over_time.py --run runs/chest_xray-quick --oracle runs
 from __future__ import annotations
 
 import csv
-import datetime
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ import torch
 import tyro
 from here import as_workers_run, blackbox_of, data, training_of
 from matplotlib.figure import Figure
-from record import append, machine
+from record import append, here_and_now, say
 
 from cae import classifiers
 from cae.config import PRESETS, PresetConfig
@@ -89,12 +88,12 @@ def train(options: Options, preset: Compared, config: PresetConfig, minutes: Seq
     def see(trainer: Trainer, seconds: float) -> None:
         found = judge(trainer.best, blackbox, x, target, others, oracle).measures
         row = {
-            "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+            **here_and_now(), "run": Path(options.run).name,
             "size": size, "preset": preset, "seed": options.seed, "threads": options.threads,
             "minutes": f"{seconds / 60:.1f}", "pairs": trainer.step_count * trainer.config.batch,
             **{name: f"{found[name]:.3f}" for name in SEEN},
         }  # fmt: skip
-        print("  ".join(f"{k} {v}" for k, v in row.items() if k not in ("date", "machine")), flush=True)
+        say(row)
         append(TABLE, [row])
 
     spent, begun, trainer, left = 0.0, time.process_time(), None, sorted(minutes)

@@ -15,7 +15,6 @@ python benchmarks/randomisation.py --run runs/chest_xray-quick --work runs/permu
 
 from __future__ import annotations
 
-import datetime
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import numpy as np
 import tyro
 from methods import alikeness, examples, methods, networks
 from PIL import Image
-from record import append, machine
+from record import append, here_and_now, say
 
 from cae.sanity import cascade
 from pipelines.bulk import read_images, read_table
@@ -95,10 +94,10 @@ def main(options: Options, rest: list[str]) -> None:
     rows = []
     for name, heat in others.items():
         rows.append({
-            "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(options.run).name,
+            **here_and_now(), "run": Path(options.run).name,
             "maps": name, **alikeness(original, heat),
         })  # fmt: skip
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
+        say(rows[-1])
     append(TABLE, rows)
 
 

@@ -25,6 +25,16 @@ def machine() -> str:
     return names[0] if names else platform.processor()
 
 
+def here_and_now() -> dict[str, Any]:
+    """What every row of a table begins with: date and machine."""
+    return {"date": datetime.date.today().isoformat(), "machine": machine()}
+
+
+def say(row: dict[str, Any]) -> None:
+    """Print a row, as progress."""
+    print("  ".join(f"{k} {v}" for k, v in row.items() if k not in here_and_now()), flush=True)
+
+
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file, which begins with their names."""
     new = not path.exists()
@@ -47,7 +57,7 @@ def numbers(run: Run) -> dict[tuple[str, str], float]:
 def main(folder: str, command: str) -> None:
     """Append the rows of one run."""
     run = Run(folder)
-    common = {"date": datetime.date.today().isoformat(), "machine": machine(), "cores": os.cpu_count(),
+    common = here_and_now() | {"cores": os.cpu_count(),
               "commit": run.state["git"].replace(run.state["git"][10:40], ""), "command": command}  # fmt: skip
     append(TABLE, [
         common | {"stage": stage, "measure": measure, "value": f"{value:.4g}"}

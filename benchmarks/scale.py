@@ -13,7 +13,6 @@ python benchmarks/scale.py --work runs/scale --sizes 1000 10000 100000
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ import psutil
 import torch
 import tyro
 from matplotlib.figure import Figure
-from record import append, machine
+from record import append, here_and_now
 
 from pipelines.bulk import shard_units
 from pipelines.explain import ExplainOptions, path_options
@@ -104,7 +103,7 @@ def main(options: Options) -> None:
     """Measure every size; append to the table and draw it."""
     work = Path(options.work).absolute()
     shutil.rmtree(work, ignore_errors=True)
-    common = {"date": datetime.date.today().isoformat(), "machine": machine(), "cores": os.cpu_count()}
+    common = {**here_and_now(), "cores": os.cpu_count()}
     tracking = ["--tracking-uri", f"sqlite:///{work}/mlflow.db"]
     found: dict[tuple[str, int], dict[str, float]] = {}
     for size in options.sizes:

@@ -10,7 +10,6 @@ python benchmarks/search.py --run runs/chest_xray-quick --pairs 5000
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from record import append, machine
+from record import append, here_and_now, say
 
 from cae import classifiers, training
 from cae.blackboxes import resolve
@@ -113,11 +112,11 @@ def main(options: Options) -> None:
             for split in ("val", "test"):
                 images, measures = measure(run, trained, name, split, options.images)
                 done.append({
-                    "date": datetime.date.today().isoformat(), "machine": machine(), "run": Path(run.folder).name,
+                    **here_and_now(), "run": Path(run.folder).name,
                     "weights": weights, "seed": seed, "pairs": options.pairs, "seconds": round(seconds), "split": split,
                     "images": images,
                 } | {measure: f"{measures.get(measure, np.nan):.4f}" for measure in MEASURES})  # fmt: skip
-                print("  ".join(f"{k} {v}" for k, v in done[-1].items() if k not in ("date", "machine")), flush=True)
+                say(done[-1])
             append(TABLE, done)
             rows += done
     run.fs.rm(run.path("checkpoints", KEPT), recursive=True)

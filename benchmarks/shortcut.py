@@ -18,7 +18,6 @@ python benchmarks/shortcut.py --dataset synthetic --work runs/shortcut-synthetic
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import subprocess
 import sys
@@ -33,7 +32,7 @@ import tyro
 from matplotlib.figure import Figure
 from methods import methods, networks
 from PIL import Image
-from record import append, machine
+from record import append, here_and_now
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -193,7 +192,7 @@ def main(options: Options, rest: list[str]) -> None:
     images = {"without": plain, "with": marked}
     says = {marker: blackbox.probabilities(x).argmax(1) for marker, x in images.items()}
     nearest = {marker: nearest_class(run, cae, x) for marker, x in images.items()}
-    common = {"date": datetime.date.today().isoformat(), "machine": machine(), "dataset": options.dataset,
+    common = {**here_and_now(), "dataset": options.dataset,
               "marked": names[shortcut], "size": options.size, "seed": options.seed}  # fmt: skip
     accuracy = [
         common | {"marker": marker, "class": name, "images": int((label == i).sum()),

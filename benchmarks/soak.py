@@ -15,7 +15,6 @@ python benchmarks/soak.py --run runs/synthetic-quick --work runs/soak
 
 from __future__ import annotations
 
-import datetime
 import os
 import random
 import shutil
@@ -34,7 +33,7 @@ import psutil
 import tyro
 from PIL import Image
 from ray.cluster_utils import Cluster
-from record import append, machine
+from record import append, here_and_now, say
 
 from cae import synthetic
 from pipelines.run import Run
@@ -176,11 +175,11 @@ def main(options: Options) -> None:
                     calls += 1
         killed += own
         rows.append({
-            "date": datetime.date.today().isoformat(), "machine": machine(), "images": options.images,
+            **here_and_now(), "images": options.images,
             **{f"{kind}s_killed": own[kind] for kind in KINDS}, "calls": calls - before,
             "seconds": round(time.time() - begun), **differences(explained(out), expected),
         })  # fmt: skip
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
+        say(rows[-1])
         append(TABLE, rows[-1:])
     nodes.cluster.shutdown()
     wrong = sum(row["lost"] + row["doubled"] + row["other_values"] for row in rows)

@@ -10,7 +10,6 @@ python benchmarks/train_step.py --sizes 64 128 256
 
 from __future__ import annotations
 
-import datetime
 import os
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from here import as_workers_run
-from record import append, machine
+from record import append, here_and_now, say
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -295,14 +294,14 @@ def main(options: Options) -> None:
         for name in steps:
             took, work = median(times[name][1:]), count[name.split(",")[0]]
             rows.append({
-                "date": datetime.date.today().isoformat(), "machine": machine(), "threads": options.threads,
+                **here_and_now(), "threads": options.threads,
                 "size": size, "pairs": n, "step": name, "pairs_per_second": f"{1 / took:.3f}",
                 "ratio": f"{median(times['plain'][1:]) / took:.2f}", "gflop_per_pair": f"{work / 1e9:.0f}",
                 "gflop_per_second": f"{work / took / 1e9:.1f}", "peak_gflop_per_second": f"{best / 1e9:.1f}",
                 "share_of_peak": f"{work / took / best:.2f}",
                 "memory_gb": f"{memory[name.split(',')[0]] / 1e9:.2f}",
             })  # fmt: skip
-            print("  ".join(f"{k} {v}" for k, v in rows[-1].items() if k not in ("date", "machine")), flush=True)
+            say(rows[-1])
     append(TABLE, rows)
 
 

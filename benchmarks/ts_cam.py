@@ -18,7 +18,6 @@ python benchmarks/ts_cam.py --run runs/chest_xray-quick
 
 from __future__ import annotations
 
-import datetime
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
-from record import append, machine
+from record import append, here_and_now
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
@@ -129,7 +128,7 @@ def main(options: Options) -> None:
     known = table[table.split == "train"]
     begun = time.perf_counter()
     train(net, images_of(known), torch.from_numpy(known.predicted.to_numpy(np.int64)), options.epochs, options.seed)
-    numbers = {"date": datetime.date.today().isoformat(), "machine": machine(), "threads": torch.get_num_threads(),
+    numbers = {**here_and_now(), "threads": torch.get_num_threads(),
                "run": Path(options.run).name, "size": size, "trained_on": len(known), "epochs": options.epochs,
                "seconds": f"{time.perf_counter() - begun:.0f}"}  # fmt: skip
     for split in ("val", "test"):
