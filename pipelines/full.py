@@ -56,14 +56,15 @@ def _check(options: FullOptions, stages: list[str], before: dict[str, Any]) -> N
     decisive = ("dataset", "data_root", "classifier")
     renewed = any(made.get(name) != getattr(options, name) for name in decisive)  # the classes may be others then
     known = run.result("classify") if run.done("classify") and not renewed else None
+    to_do = {stage for stage in stages if options.again or not run.done(stage)}
     try:
-        if "train" in stages:
+        if "train" in to_do:
             train.check(options)
-        if "explain" in stages:
+        if "explain" in to_do:
             check_donors(options)
             if known:
                 explain.check(options, known)
-        if {"tune", "train", "evaluate"} & set(stages):
+        if {"tune", "train", "evaluate"} & to_do:
             train.open_oracle(options, known["classes"] if known else ())
     except ValueError as error:
         name = str(error).split()[0].removeprefix("--").replace("-", "_")  # which it begins with
