@@ -417,7 +417,7 @@ def separability(codes: ArrayLike, labels: ArrayLike, seed: int = 0,
         by_group = StratifiedGroupKFold(most, shuffle=True, random_state=seed)
         scores = cross_val_score(models["forest"], points, classes, groups=apart, cv=by_group)
     return result | {"forest_grouped_mean": float(scores.mean()), "forest_grouped_std": float(scores.std()),
-                     "folds_grouped": most}  # fmt: skip
+                     "folds_grouped": most if most > 1 else 0}  # fmt: skip
 
 
 def paired_bootstrap(

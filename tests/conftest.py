@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -73,10 +75,28 @@ def blob(rng: np.random.Generator, label: int, size: int = 40) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first test process to need it makes, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = folder.with_name(f"{name}.done")
+    with FileLock(folder.with_name(f"{name}.lock")):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLASS/* with grey, RGBA, 16-bit, CMYK and odd-sized images, files that are no images, and an exact duplicate."""
-    root = tmp_path_factory.mktemp("archive")
+    return made_once(tmp_path_factory, "archive", make_archive)
+
+
+def make_archive(root: Path) -> None:
+    """Write the files of `archive`."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(("plain", "spot")):
         folder = root / name
@@ -101,17 +121,18 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jpeg.write_bytes(jpeg.read_bytes()[:900])
     (root / "plain" / "notes.png").write_text("these are notes, not pixels")
     (root / "spot" / "empty.png").write_bytes(b"")
-    return root
 
 
 @pytest.fixture(scope="session")
 def finished(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one whole run over the archive, made by the command line."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    done = command("full.py", "--dataset", str(archive), "--run", str(folder), *TINY)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (folder / "stdout.txt").write_text(done.stdout)
-    return folder
+    """The folder of one whole run over the archive, made by the command line. Tests that write copy it."""
+
+    def make(runs: Path) -> None:
+        done = command("full.py", "--dataset", str(archive), "--run", str(runs / "tiny"), *TINY)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        (runs / "tiny" / "stdout.txt").write_text(done.stdout)
+
+    return made_once(tmp_path_factory, "runs", make) / "tiny"
 
 
 def state(folder: Path) -> dict:

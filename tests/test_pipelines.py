@@ -26,13 +26,14 @@ from cae.images import decode, to_tensor
 from cae.metrics import Fill
 from cae.networks import from_authors
 from cae.peers.table import peers
-from pipelines import evaluate, measure
-from pipelines.bulk import listing, read_images, shard_units, split_of
+from pipelines import evaluate, explain, full, measure, shard, train
+from pipelines.bulk import listing, read_images, read_table, shard_units, split_of
 from pipelines.command_line import parse
 from pipelines.evaluate import NEW_CODES, EvaluateOptions, _cut, make_plan
 from pipelines.explain import ExplainOptions
 from pipelines.maps import ExplainWorker
 from pipelines.measure import CONTROLS, MeasureWorker
+from pipelines.pictures import draw_examples
 from pipelines.run import Run
 from pipelines.tables import map_rows, swap_table
 from pipelines.ways import Ways, read_ways
@@ -252,6 +253,25 @@ def test_a_method_that_cannot_work_with_the_classifier_is_left_out_with_its_reas
     assert "nowhere" in reasons["Grad-CAM", rows.id[0]] and "not finite" in reasons["broken", rows.id[1]]
     fine = maps[maps.error.isna()]
     assert fine.curves.notna().all() and fine["map"].notna().all() and len(fine) == 5 * 3 + 2
+    worker.blackbox.differentiable = False
+    maps = map_rows(worker(unit).to_pandas().assign(group=rows.id))
+    assert maps.error[maps.method == "Grad-CAM"].str.startswith("it needs the classifier's gradient").all()
+
+
+def test_a_split_of_one_class_has_maps_and_paths_and_says_that_it_has_no_swaps(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    run, options = Run(str(tmp_path / "copy")), parse(EvaluateOptions, ["--run", str(tmp_path / "copy")])
+    for part in (tmp_path / "copy/codes").rglob("*.parquet"):
+        codes = pq.read_table(part, partitioning=None).to_pandas()
+        codes.loc[codes.split == "test", "predicted"] = 0
+        codes.to_parquet(part)
+    plan = make_plan(run, options)
+    assert plan.skipped["swaps of test"] == "the classifier gives all its images one class: there is none to swap with"
+    donors = {split_of(unit): {task["donor"] is None for task in unit["tasks"]} for unit in plan.units}
+    assert donors == {"test": {True}, "val": {False}}
+    rows = read_table(run, "evaluation/images").to_pandas().query("split == 'test'").assign(donor=None)
+    rows["group"] = rows.id
+    assert set(draw_examples(run, options, rows, map_rows(rows), ("plain", "spot"))) == {"maps", "paths"}
 
 
 @pytest.mark.slow
@@ -381,19 +401,18 @@ def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     held = sorted(path for path in folder.rglob("*") if path.is_file())
-    for words, says in {
-        ("explain.py", "--targets", "nobody"): "--targets nobody: choose",
-        ("explain.py", "--counter", "nobody"): "--counter nobody: choose",
-        ("evaluate.py", "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
-        ("shard.py", "--dataset", "/gone"): "'/gone' is no path that exists",
-        ("train.py", "--workers", "3"): "--batch 4 does not divide among 3 workers",
-        ("full.py", "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
-        ("full.py", "--targets", "nobody"): "--targets nobody: choose",
-        ("full.py", "--donors", "99"): "--donors 99: of --counter medoid there are 8 at most",
+    for (stage, options, *wrong), says in {
+        (explain, ExplainOptions, "--targets", "nobody"): "--targets nobody: choose",
+        (explain, ExplainOptions, "--counter", "nobody"): "--counter nobody: choose",
+        (evaluate, EvaluateOptions, "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
+        (shard, shard.ShardOptions, "--dataset", "/gone"): "'/gone' is no path that exists",
+        (train, train.TrainOptions, "--workers", "3"): "--batch 4 does not divide among 3 workers",
+        (full, full.FullOptions, "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
+        (full, full.FullOptions, "--targets", "nobody"): "--targets nobody: choose",
+        (full, full.FullOptions, "--donors", "99"): "--donors 99: of --counter medoid there are 8 at most",
     }.items():
-        script, *wrong = words
-        refused = command(script, "--run", str(folder), "--again", *wrong)
-        assert refused.returncode and says in refused.stderr and "Traceback" not in refused.stderr
+        with pytest.raises(ValueError, match=says):
+            stage.main(parse(options, ["--run", str(folder), "--again", *wrong]))
         assert sorted(path for path in folder.rglob("*") if path.is_file()) == held  # nothing is dropped
         assert state(folder) == state(finished)
     other = ["--mode", "patch", "--targets", "spot", "--counter", "random", "--donors", "3", "--path", "guided"]
