@@ -79,16 +79,12 @@ def classify(run: Run, options: ClassifyOptions, names: tuple[str, ...], spec: s
              known: pd.DataFrame | None, found: str) -> dict[str, Any]:  # fmt: skip
     """Train a classifier on `known` images, if any, and write its predictions; returns its accuracy on every split.
 
-    `found` is the fingerprint of one that is not trained here: predictions of another one, which the same file held
-    when an earlier call was killed, are dropped.
+    `found` is the fingerprint of one that is not trained here.
     """
     if known is not None:
         _train(run, options, names, known)
         found = fingerprint(spec)
-    elif run.state["stages"]["classify"].get("fingerprint", found) != found and run.fs.exists(run.path("predictions")):
-        run.fs.rm(run.path("predictions"), recursive=True)
-    run.state["stages"]["classify"]["fingerprint"] = found
-    run.save()
+    runs.drop_if_other(run, "classify", found, "predictions")
     bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
          spec=spec, names=names, size=options.model.image_size, fit=options.fit, **where(options))  # fmt: skip
     accuracy = accuracy_table(run, names)

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cae.blackboxes import fingerprint
 from cae.explain import SEARCH_STRAIGHT, Mode, choose_mode
 from cae.manifold import smote_codes
 from cae.peers.table import peers
@@ -75,6 +76,7 @@ def prepare(run: Run, options: EvaluateOptions) -> Work:
 def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, Any], oracle: str) -> dict[str, Any]:
     """Measure swaps, manifold and maps; write tables, figures and the report; returns the headline numbers."""
     names, full = common["names"], options.tables == "full"
+    runs.drop_if_other(run, "evaluate", fingerprint(oracle) if oracle else "", "evaluation/images")
     bulk(run, options, "evaluate", plan.units, MeasureWorker, "evaluation/images", **common,
          oracle=oracle, full=full, draws=options.draws, seed=options.seed, smooth=options.smooth)  # fmt: skip
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()

@@ -254,6 +254,15 @@ def _start_over(run: Run, name: str) -> None:
             run.save()
 
 
+def drop_if_other(run: Run, stage: str, found: str, folder: str) -> None:
+    """Drop what a killed call of the stage left in a folder, if it asked a classifier with another fingerprint."""
+    state = run.state["stages"][stage]
+    if state.get("fingerprint", found) != found and run.fs.exists(run.path(folder)):
+        run.fs.rm(run.path(folder), recursive=True)
+    state["fingerprint"] = found
+    run.save()
+
+
 def _drop(run: Run, stage: str) -> None:
     for name in WRITES[stage]:
         if run.fs.exists(run.path(name)):

@@ -70,6 +70,16 @@ def test_no_table_or_page_of_an_older_cae_is_left(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.json"]
 
 
+def test_what_another_classifier_said_to_a_killed_call_is_dropped(tmp_path: Path) -> None:
+    run, there = Run(str(tmp_path)), tmp_path / "predictions/part"
+    run.state["stages"] = {"classify": {"options": {}}}
+    for found, left in (("one", True), ("one", True), ("another", False)):
+        run.write("predictions/part", b"said")
+        runs.drop_if_other(run, "classify", found, "predictions")
+        assert there.exists() == left and Run(str(tmp_path)).state["stages"]["classify"]["fingerprint"] == found
+    runs.drop_if_other(run, "classify", "third", "predictions")  # nothing there to drop
+
+
 @pytest.mark.parametrize(("rate", "read"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.0941, "5.6/min")])
 def test_slow_rates_are_told_by_the_minute(rate: float, read: str) -> None:
     assert pace(rate) == read
