@@ -141,8 +141,8 @@ def prepare_archive(run: Run, options: ArchiveOptions, model: Run) -> Work:
     options = replace(options, mode=check(options, model.result("classify")))
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
-    told = {"cae": _fingerprint(model)}
-    told["listing"] = hashlib.sha256((listing(units, found.version) + told["cae"]).encode()).hexdigest()
+    told = {"model": _fingerprint(model)}
+    told["listing"] = hashlib.sha256((listing(units, found.version) + told["model"]).encode()).hexdigest()
     other = run.state.get("listing") != told["listing"] and list_parts(run, "explanations")
     if other and not options.again:
         raise UserError(
@@ -260,7 +260,7 @@ def run_archive(options: ArchiveOptions) -> dict[str, Any]:
     runs.refuse_unfinished(model, options, NEEDS)
     # How to explain may be chosen anew; what the model was made with may not.
     runs.refuse_contradictions(model, options, "explain", only_before=True)
-    if there.done("explain") and not options.again and there.state.get("cae", cae := _fingerprint(model)) != cae:
+    if there.done("explain") and not options.again and there.state.get("model", known := _fingerprint(model)) != known:
         raise UserError(f"{out} holds explanations by another model: choose another --out, or drop them with --again")
     # The new folder is a run folder of this stage alone; it is tracked where the finished run is.
     options = replace(options, run=out, archive=archive, tracking_uri=tracking.store(model, options))

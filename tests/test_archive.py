@@ -79,9 +79,9 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
     ):
         done = command("explain.py", *words, *change)
         assert done.returncode != 0 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    (out / "run.json").write_text(json.dumps(state(out) | {"cae": "of another training"}))
+    (out / "run.json").write_text(json.dumps(state(out) | {"model": "of another training"}))
     done = command("explain.py", *words)
-    assert done.returncode != 0 and "holds explanations by another CAE" in done.stderr
+    assert done.returncode != 0 and "holds explanations by another model" in done.stderr
 
 
 @pytest.mark.slow
