@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/python pipelines/full.py --dataset synthetic --preset quick $(DEMO)
 
 test: setup  # two files at once: most tests wait for programs to start
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
