@@ -33,7 +33,6 @@ from pipelines.command_line import parse
 from pipelines.mistakes import UserError
 from pipelines.run import Run
 
-torch.set_num_threads(1)
 CLASSES = ("bird", "cat", "dog")
 SIZE = 32
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cae.classifiers import BlackBox, ResNet, augment, build, class_names, load, save
 from cae.config import ClassifierConfig
 
-torch.set_num_threads(1)
 CLASSES = ("normal", "pneumonia")
 SMALL = ClassifierConfig(arch="resnet18", stem="small")
 

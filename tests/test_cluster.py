@@ -18,14 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-
-# A busy machine may need longer to start than Ray grants it.
-PATIENT = {
-    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
-    "RAY_agent_register_timeout_ms": "300000",
-    "RAY_SCHEDULER_EVENTS": "0",
-}  # and tells its user less
+from conftest import PATIENT, ROOT
 
 # The head takes no work, so that every stage's work is done on the other node, whose runtime environments lie in a
 # folder of their own, as on a machine of its own.
@@ -127,7 +120,7 @@ def test_a_job_with_its_runtime_environment_from_pyproject(two_nodes: tuple[str,
     assert {"ray", "torch"} <= {package.split(">")[0].split("[")[0] for package in json.loads(packages)["pip"]}
     words = [python, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard, "--working-dir", ROOT,
              "--runtime-env-json", packages, "--", "sh", "-c", f"command -v python && {shard}"]  # fmt: skip
-    for _ in range(20):
+    for _ in range(300):
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=500)
         if "No available agent" not in done.stderr:  # a cluster takes some seconds more until it takes jobs
             break

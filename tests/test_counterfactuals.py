@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from cae import counterfactuals
 from cae.classifiers import ResNet
 
-torch.set_num_threads(1)
-
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1

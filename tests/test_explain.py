@@ -29,8 +29,6 @@ from cae.classifiers import BlackBox
 from cae.explain import Mode, along, over_donors
 from cae.networks import CAE
 
-torch.set_num_threads(1)
-
 
 def test_the_toy_is_what_it_says() -> None:
     x = image(0.1, -0.4)

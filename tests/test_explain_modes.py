@@ -30,8 +30,6 @@ import cae.explain
 from cae.classifiers import BlackBox
 from cae.explain import Mode
 
-torch.set_num_threads(1)
-
 
 def test_map_lies_on_the_blob_exactly() -> None:
     start, end = -0.4, 0.7

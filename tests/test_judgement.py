@@ -16,7 +16,6 @@ from cae.judgement import Judgement, draw_donors, judge, score
 from cae.metrics import aopc, perturbation_curve
 from cae.networks import CAE
 
-torch.set_num_threads(1)
 # An image is a texture whose left half is dark (class 0) or bright (class 1); the class code is that half's mean. The
 # toy decoder makes the right half brighter by 0.1, and stuck images dark whatever code is put in.
 SIDE, GAIN, FLAW = 16, 4.0, 0.1

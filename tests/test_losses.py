@@ -16,7 +16,6 @@ from cae.config import ClassHead, LossWeights, ModelConfig
 from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, Discriminator
 
-torch.set_num_threads(1)
 TINY = ModelConfig(
     image_size=32, stem="unshuffle", width=8, blocks=1, mlp_width=6, up_kernel=3, out_kernel=3, disc_width=4,
     disc_blocks=1, dropout=0.0,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cae import metrics
 
-torch.set_num_threads(1)
 BLOCK = (slice(4, 12), slice(14, 22))
 
 

@@ -19,7 +19,6 @@ from cae.config import PRESETS, LossWeights, ModelConfig
 from cae.losses import GeneratorObjective
 from cae.networks import CAE, Discriminator, from_authors
 
-torch.set_num_threads(1)
 REFERENCE = Path(__file__).with_name("reference")  # what the authors' network makes of two images of noise
 TINY = ModelConfig(
     image_size=32, stem="unshuffle", width=8, blocks=2, mlp_width=6, up_kernel=3, out_kernel=3, disc_width=4,

@@ -21,8 +21,6 @@ from cae.peers.occlusion import occlusion
 from cae.peers.rise import rise
 from cae.peers.table import peers
 
-torch.set_num_threads(1)
-
 
 def pictures(number: int = 4, height: int = 12, width: int = 16, seed: int = 0) -> Tensor:
     return torch.rand((number, 3, height, width), generator=torch.Generator().manual_seed(seed)) * 2 - 1

@@ -23,7 +23,7 @@ from cae import classifiers, training
 from cae.config import ClassifierConfig
 from cae.explain import Mode
 from cae.images import decode, to_tensor
-from cae.metrics import Fill
+from cae.metrics import Fill, disjoint_steps, perturbation_curve
 from cae.networks import from_authors
 from cae.peers.table import peers
 from pipelines import evaluate, explain, full, measure, shard, train
@@ -122,6 +122,29 @@ def test_the_tables_follow_from_the_rows(finished: Path) -> None:
         row = perturbation.query("measure == 'aopc' and form == 'disjoint' and method == 'CAE'")
         row = row[row.split == split]
         assert np.isclose(row.value.item(), np.mean(curves), atol=1e-6) and row.images.item() == 6
+
+
+def test_what_is_measured_of_an_image_is_what_comes_out_by_hand(finished: Path) -> None:
+    images, codes, maps = (table.set_index("id") for table in (
+        shards(finished), parts(finished / "codes"), parts(finished / "explanations")))  # fmt: skip
+    blackbox, cae = classifiers.load(str(finished / "classifier")), training.load(str(finished / "cae"))
+    rows = parts(finished / "evaluation/images")
+    steps = disjoint_steps(32, measure.HEADLINE)
+    for row in rows.itertuples():
+        x = to_tensor(decode(images.image[row.id], 32)[None])
+        code, individual = cae.encode(x)
+        error = float((cae.decode(code, individual) - x).abs().mean())
+        donated = cae.decode(torch.from_numpy(codes.class_code[row.donor].copy())[None], individual)
+        p = blackbox.probabilities(donated)[0]
+        assert row.swap_target == codes.predicted[row.donor] and row.swap_predicted == int(p.argmax())
+        assert row.swap_p == pytest.approx(float(p[row.swap_target]), abs=1e-4)
+        assert row.reconstruction_error == pytest.approx(error, abs=1e-5)
+        if row.measured:
+            heat = torch.from_numpy(maps["map"][row.id].astype(np.float32)).view(1, 32, 32)
+            curve = perturbation_curve(blackbox, x, heat, torch.tensor([row.source]), steps=steps, draws=2)
+            (kept,) = (entry["curves"][0] for entry in row.maps if entry["method"] == "CAE")
+            np.testing.assert_allclose(kept["disjoint"], curve[0].numpy(), atol=1e-4)
+    assert rows.measured.sum() == 12
 
 
 def test_the_report_is_one_file_with_every_picture(finished: Path) -> None:

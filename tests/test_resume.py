@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import command, kill_when, state
 from safetensors.numpy import load_file
 
@@ -17,8 +18,10 @@ def explained(folder: Path) -> pd.DataFrame:
     return pd.concat(parts).sort_values("id").reset_index(drop=True)
 
 
+@pytest.mark.timeout(1800)  # six programs
 def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "killed"
+    folder, log = tmp_path / "killed", tmp_path / "log"
+    run = ["--run", str(folder)]
     shutil.copytree(finished, folder)
     for done in ("cae", "codes", "manifold", "explanations", "checkpoints/train"):
         shutil.rmtree(folder / done)
@@ -29,29 +32,33 @@ def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path
     (folder / "run.json").write_text(json.dumps(memory))
 
     warmed_up = folder / "checkpoints/train/start.pt"
-    kill_when(warmed_up.exists, "train.py", folder)
+    kill_when(warmed_up.exists, log, "train.py", *run)
     before = warmed_up.stat().st_mtime_ns
-    for later in folder.glob("checkpoints/train/checkpoint_*"):  # if its worker lived to write one
+    for later in folder.glob("checkpoints/train/checkpoint_*"):  # if its worker outlived it by as much
         shutil.rmtree(later)
-    kill_when(lambda: any(folder.glob("checkpoints/train/checkpoint_*/state.pt")), "train.py", folder)
+    kill_when(
+        lambda: any(folder.glob("checkpoints/train/checkpoint_*/state.pt")), log, "train.py", "--run", str(folder)
+    )
     assert "result" not in state(folder)["stages"]["train"]
-    assert warmed_up.stat().st_mtime_ns == before and "warmed up" not in (folder / "train.py.log").read_text()
+    assert warmed_up.stat().st_mtime_ns == before and "warmed up" not in log.read_text()
     for script in ("train.py", "embed.py"):
-        done = command(script, "--run", str(folder))
+        done = command(script, *run)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert script != "train.py" or "goes on at pair 24" in done.stdout
     ours, theirs = (load_file(path / "cae/model.safetensors") for path in (folder, finished))
     for name in theirs:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
 
-    kill_when(lambda: any(folder.glob("explanations/split=*/*.parquet")), "explain.py", folder)
+    kill_when(lambda: any(folder.glob("explanations/split=*/*.parquet")), log, "explain.py", *run)
     assert "result" not in state(folder)["stages"]["explain"]
     before = {p: p.stat().st_mtime_ns for p in folder.glob("explanations/split=*/*.parquet")}
-    done = command("full.py", "--run", str(folder))
+    done = command("full.py", *run)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert before and {p: p.stat().st_mtime_ns for p in before} == before  # nothing is done twice
     ours, theirs = explained(folder), explained(finished)
     assert ours.id.to_list() == theirs.id.to_list() and ours.status.to_list() == theirs.status.to_list()
-    np.testing.assert_allclose(np.stack(ours["map"]), np.stack(theirs["map"]), atol=2e-3)
+    ours, theirs = (np.stack(rows["map"]).astype(np.float32) for rows in (ours, theirs))
+    np.testing.assert_allclose(ours, theirs, atol=0.01 * theirs.max())
     assert (folder / "report.html").exists()
     measured, swaps = ([pd.read_csv(path / f"evaluation/{name}.csv") for path in (folder, finished)]
                        for name in ("measured", "swap_success"))  # fmt: skip

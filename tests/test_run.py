@@ -129,6 +129,7 @@ def test_class_encoder_is_taught_by_a_classifier_with_a_gradient_whose_predictio
     table = pa.table({"id": ids, "split": ["train"] * 8, "label": half, "predicted": half})
     write_table(run, "predictions/train.parquet", table)
     monkeypatch.setattr(train, "train_workers", lambda *_: 1)
+    monkeypatch.setattr(train, "connect", lambda: None)
     preset = PRESETS["quick"]
     options = train.TrainOptions(run=str(tmp_path), labels=labels, model=preset.model, train=preset.train)
     assert train.plan(run, options)["teach"] is teach

@@ -112,7 +112,6 @@ def test_a_run_on_s3_from_images_to_maps(s3: dict[str, str], mlflow_server: dict
     store.pipe_file("cae/data/chest_xray/test/NORMAL/notes.png", b"no pixels")
     wait_for(mlflow_server["MLFLOW_TRACKING_URI"] + "/health")
     words = ["--dataset", "chest_xray", "--data-root", "s3://cae/data", "--run", "s3://cae/runs/chest", *TINY,
-             "--resnet.epochs", "15",  # with six the classifier may learn nothing, as the CPU would have it
              "--stages", "shard", "classify", "train", "embed", "explain"]  # fmt: skip
     empty = tmp_path / "elsewhere"
     empty.mkdir()

@@ -10,8 +10,6 @@ from cae.classifiers import BlackBox, build
 from cae.config import ClassifierConfig
 from cae.sanity import cascade, rank_correlation, structural_similarity
 
-torch.set_num_threads(1)
-
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

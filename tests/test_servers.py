@@ -109,6 +109,7 @@ def test_mlflow_s_own_scoring_server_is_understood(tmp_path: Path) -> None:
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.05)
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}/invocations"

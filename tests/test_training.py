@@ -24,7 +24,6 @@ from cae.losses import DiscriminatorObjective, GeneratorObjective, partner
 from cae.networks import CAE, WIDE, Discriminator
 from cae.training import Pairs, Trainer, draw_pairs
 
-torch.set_num_threads(1)
 TINY = ModelConfig(
     image_size=32, stem="unshuffle", width=16, blocks=1, mlp_width=16, up_kernel=3, out_kernel=3, disc_width=4,
     disc_blocks=1, dropout=0.0,

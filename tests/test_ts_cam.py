@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from cae.peers.ts_cam import TSCAM, ts_cam
 
-torch.set_num_threads(1)
-
 
 def network(drop: float = 0.1) -> TSCAM:
     """A small one whose attention is far from even: its weights are larger than those that training starts from."""

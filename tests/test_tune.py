@@ -177,7 +177,7 @@ def test_a_search_before_training_killed_and_called_again_is_whole(finished: Pat
         begun = [path.parent.name for path in folder.glob("checkpoints/tune/*/checkpoint_manager_snapshot.json")]
         return [trial for trial in begun if trial in known]
 
-    kill_when(lambda: bool(underway()), "full.py", folder, *how)
+    kill_when(lambda: bool(underway()), tmp_path / "log", "full.py", "--run", str(folder), *how)
     killed = underway()
     assert killed and not (folder / "tune").exists() and (folder / "checkpoints/tune/start.pt").exists()
     done = command("full.py", "--run", str(folder), *how)

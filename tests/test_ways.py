@@ -26,10 +26,10 @@ from pipelines.mistakes import UserError
 from pipelines.run import Run
 from pipelines.ways import Ways, read_medoids, read_ways
 
-rng = np.random.default_rng(0)
-POOL = {2: rng.normal(size=(20, 4)).astype(np.float32), 5: rng.normal(size=(3, 4)).astype(np.float32)}
+RNG = np.random.default_rng(0)
+POOL = {2: RNG.normal(size=(20, 4)).astype(np.float32), 5: RNG.normal(size=(3, 4)).astype(np.float32)}
 IDS = {label: [f"{label}/{k}" for k in range(len(codes))] for label, codes in POOL.items()}
-NAMES, CODES = [f"image {k}" for k in range(6)], rng.normal(size=(6, 4)).astype(np.float32)
+NAMES, CODES = [f"image {k}" for k in range(6)], RNG.normal(size=(6, 4)).astype(np.float32)
 TARGETS = [2, 5, 2, 2, 5, 2]
 
 
@@ -84,6 +84,7 @@ def test_random_counter_codes_differ_between_images_and_seeds_and_reach_all() ->
 
 @pytest.mark.parametrize("counter", ["random", "nearest"])
 def test_no_way_ends_at_a_code_that_stands_among_another_class(tmp_path: Path, counter: str) -> None:
+    rng = np.random.default_rng(0)
     codes = np.concatenate([rng.normal(0, 1, (40, 4)), rng.normal(9, 1, (40, 4))]).astype(np.float32)
     predicted = np.repeat([0, 1], 40)
     predicted[[3, 50]] = [1, 0]
@@ -212,7 +213,8 @@ def test_the_networks_see_few_sizes_of_batches(finished: Path, donors: str, mode
     for count in (1, 7, 8, 19, 31):
         rows = worker.explain([str(i) for i in range(count)], arrays[:count])
         assert [(row["id"], row["status"]) for row in rows] == [(row["id"], row["status"]) for row in whole[:count]]
-        assert all(np.allclose(a["map"], b["map"], atol=1e-3) for a, b in zip(rows, whole, strict=False))
+        for mine, theirs in zip(rows, whole, strict=False):
+            assert np.allclose(mine["map"], theirs["map"], atol=0.01 * float(theirs["map"].max()))
     assert encoded <= {8, 16, 24, 32, 5}
     if mode == "patch":  # besides, full batches of windows, and what is left over of them for each of the three sizes
         assert {8, 24, 32} <= asked and len(asked) <= 3 + 1 + 3
