@@ -95,7 +95,7 @@ def main(options: Options) -> None:
     groups = np.array([group_of[name] for name in chosen.id])
     base = parse(ExplainOptions, ["--run", options.run])
     x = to_tensor(read_images(run, chosen.id.to_numpy(), base.model.image_size, base.fit))
-    order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(1, descending=True)
+    order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(dim=1, descending=True, stable=True)
     source, target = order[:, 0], order[:, 1]
     steps = metrics.disjoint_steps(base.model.image_size, HEADLINE)
     rows, first = [], torch.zeros(0)

@@ -77,7 +77,7 @@ def main(options: Options) -> None:
         x = to_tensor(read_images(run, ids, size, fit))
         examples = to_tensor(read_images(run, np.array([counters[c][0] for c in sorted(counters)]), size, fit))
         p = blackbox.probabilities(x)
-        source, target = p.argmax(1), p.argsort(1, descending=True)[:, 1]
+        source, target = p.argmax(1), p.argsort(dim=1, descending=True, stable=True)[:, 1]
         codes = torch.from_numpy(np.stack([counters[c][1] for c in target.tolist()]))
 
         def one_by_one(x: Tensor = x, examples: Tensor = examples, target: Tensor = target) -> float:

@@ -41,7 +41,7 @@ def examples(run: Run, blackbox: BlackBox, count: int, seed: int) -> tuple[Tenso
     ids = ids.sample(min(count, len(ids)), random_state=seed).to_numpy()
     options = run.state["options"]
     x = to_tensor(read_images(run, ids, options["model"]["image_size"], options["fit"]))
-    order = blackbox.probabilities(x).argsort(1, descending=True)
+    order = blackbox.probabilities(x).argsort(dim=1, descending=True, stable=True)
     return x, order[:, 0], order[:, 1]
 
 

@@ -89,10 +89,10 @@ def bare_rate(folder: Path) -> float:
     worker = ExplainWorker(run, chosen["spec"], tuple(chosen["classes"]), run.path("cae"), 32, "crop", "cpu",
                            read_ways(run, options), False, path_options(options))  # fmt: skip
     units = [unit | {"overlays": 0} for unit in shard_units(run)]
-    worker(units[0])  # warm
+    list(worker(units[0]))  # warm
     begun, done = time.time(), 0
     for unit in units[1:]:
-        worker(unit)
+        list(worker(unit))
         done += unit["rows"]
         if done >= BARE_IMAGES:
             break

@@ -209,7 +209,7 @@ def main(options: Options, rest: list[str]) -> None:
               & (says["without"] != shortcut)}  # fmt: skip
     chosen = groups["own class"] | groups["turned"]
     x, source = marked[chosen], torch.full((int(chosen.sum()),), shortcut)
-    target = blackbox.probabilities(x).argsort(1, descending=True)[:, 1]
+    target = blackbox.probabilities(x).argsort(dim=1, descending=True, stable=True)[:, 1]
     heat = {name: method(blackbox, x, source, target) for name, method in methods(run, cae).items()}
     rows = [
         common | {"group": group, "method": name} | of_maps(maps[members[chosen]], mask[members], options.tolerance)
@@ -257,7 +257,7 @@ def strips(run: Run, blackbox: BlackBox, cae: CAE, plain: Tensor, marked: Tensor
     going = torch.cat([members.nonzero()[:2, 0] for members in groups.values()])
     coming = (label != shortcut).nonzero()[:3, 0]
     x = torch.cat([marked[going], plain[coming]])
-    order = blackbox.probabilities(x).argsort(1, descending=True)
+    order = blackbox.probabilities(x).argsort(dim=1, descending=True, stable=True)
     source = order[:, 0]
     target = torch.cat([order[: len(going), 1], torch.full((len(coming),), shortcut)])
     right = source != target  # a plain image that the classifier gives the marked class has no way to go

@@ -76,13 +76,14 @@ class Card:
             values = value if isinstance(value, tuple) else (value,)
             return bool(values) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
-        size, names = self.input_size, self.classes
+        size, names, of_channels = self.input_size, self.classes, ((), (1,), (1 if self.channels == "grey" else 3,))
         fine = {
             "classes": isinstance(names, tuple) and all(isinstance(n, str) for n in names)
             and len(set(names)) == len(names) != 1,
             "input_size": size is None or (numbers(size, int) and np.min(size) > 0 and np.shape(size) in ((), (2,))),
-            "mean": self.mean is None or numbers(self.mean, (int, float)),
-            "std": self.std is None or (numbers(self.std, (int, float)) and np.all(self.std)),
+            "mean": self.mean is None or (numbers(self.mean, (int, float)) and np.shape(self.mean) in of_channels),
+            "std": self.std is None or (numbers(self.std, (int, float)) and np.all(self.std)
+                                        and np.shape(self.std) in of_channels),
             "batch": numbers(self.batch, int) and self.batch > 0,
             "timeout": numbers(self.timeout, (int, float)) and self.timeout > 0,
             "retries": numbers(self.retries, int) and self.retries >= 0,
@@ -362,7 +363,13 @@ def _function(spec: str, card: Card) -> nn.Module:
         raise ValueError(f"{spec} is no function")
 
     def ask(x: Tensor) -> Tensor:
-        return torch.as_tensor(function(x), dtype=torch.float32, device=x.device)
+        try:
+            answer = function(x)
+        except TypeError:  # NumPy takes no tensors that lie on a GPU
+            if x.device.type == "cpu":
+                raise
+            answer = function(x.cpu())
+        return torch.as_tensor(answer, dtype=torch.float32, device=x.device)
 
     return Foreign(ask, card.batch)
 

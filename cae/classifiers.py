@@ -21,9 +21,10 @@ from cae.config import ClassifierConfig
 
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
-ROUNDED_TO_0 = 1e-7
-"""What a probability of 0 is taken for, about float32's step below 1: it was rounded, and the logarithm of a smaller
-number would outweigh all else that a map is made of."""
+LEAST = 1e-7
+"""What smaller probabilities are taken for, where only they are known: about float32's step below 1. A 0 was rounded,
+and the logarithm of anything much smaller would outweigh all else that a map is made of. A softmax with a gradient
+rounds nothing above float32's least normal number; the one that is left of a single probability is rounded here."""
 PROBE = (128, 128)  # the images that a classifier for any size is tried on when it is opened
 
 
@@ -133,8 +134,10 @@ class BlackBox(nn.Module):
         y = self.net(x if self.layout == "NCHW" else x.permute(0, 2, 3, 1))
         if y.numel() == len(y):  # of two classes the second one's
             y = y.reshape(-1, 1)
-            y = torch.cat([torch.zeros_like(y) if self.outputs == "logits" else 1 - y, y], 1)
-        return y if self.outputs == "logits" else torch.where(y > 0, y, ROUNDED_TO_0).log()
+            y = torch.cat([torch.zeros_like(y) if self.outputs == "logits" else (1 - y).clamp(min=LEAST), y], 1)
+        if self.outputs == "logits":
+            return y
+        return y.clamp(min=torch.finfo(torch.float32).tiny if self.differentiable else LEAST).log()
 
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:

@@ -124,6 +124,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     `window`, in (0, 1], is the side of the windows of `evidence` and `patch` as a share of the image's shorter side.
     """
     mode = choose_mode(mode, blackbox.differentiable)
+    if steps is not None and steps < 1:
+        raise ValueError(f"{steps} steps: a path has one at least")
     if not 0 < window <= 1:
         raise ValueError(f"window {window}: give a share of the image's side, above 0 and at most 1")
     class_code, individual_code = cae.encode(x) if codes is None else codes

@@ -20,6 +20,9 @@ from cae.figures import COLOURS, INK, MUTED, RULE, finished, wrap
 CONTROLS = ("random", "edge", "sobel", "centre", "center", "gauss", "|x")
 """A curve whose name begins with one of these, in any case, is a control: a map that knows nothing of the model."""
 
+POINTS = 20_000  # codes of a split that are drawn, at most
+ENTRIES = 24  # classes that a legend names, at most
+
 
 def manifold(
     projections: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], splits: np.ndarray
@@ -27,7 +30,8 @@ def manifold(
     """Class codes in the plane: a row a projection (N, 2), a column a split, one colour a class (the paper's Fig. 8).
 
     labels: ints (N,), below 0 where unknown; splits: names (N,), of which at most three are drawn, train first. The
-    panels of a row share their limits, so that a shift between splits shows.
+    panels of a row share their limits, so that a shift between splits shows. Of more than POINTS codes of a split so
+    many are drawn, and the ENTRIES commonest classes are named.
     """
     labels, splits = np.maximum(labels, -1), np.asarray(splits)
     sizes = {name: np.shape(points) for name, points in projections.items()}
@@ -45,7 +49,7 @@ def manifold(
         margin = 0.04 * np.where(high > low, high - low, 1)
         for ax, split in zip(line, names, strict=True):
             # In a random but fixed order, so that no class lies on top of the others.
-            chosen = np.random.default_rng(0).permutation(np.flatnonzero(splits == split))
+            chosen = np.random.default_rng(0).permutation(np.flatnonzero(splits == split))[:POINTS]
             colour, size = [colours[k] for k in labels[chosen]], float(np.clip(15_000 / len(chosen), 2, 14))
             opacity = 0.8 if len(chosen) < 3000 else 0.55
             ax.scatter(*points[chosen].T, s=size, c=colour, alpha=opacity, linewidths=0, rasterized=True)
@@ -56,7 +60,9 @@ def manifold(
     for first, last, split in zip(axes[0], axes[-1], names, strict=True):
         here = labels[splits == split]
         first.set_title(f"{split} (n = {len(here):,})", fontsize=11, color=INK)
-        present = [k for k in (*range(len(class_names)), -1) if (here == k).any()]
+        counts = np.bincount(here + 1, minlength=len(class_names) + 1)
+        common = set(np.argsort(-counts, kind="stable")[:ENTRIES] - 1)
+        present = [k for k in (*range(len(class_names)), -1) if counts[k + 1] and k in common]
         last.legend(
             [last.plot([], [], "o", color=colours[k], markersize=6)[0] for k in present],
             [f"{(*class_names, 'unknown')[k]} ({(here == k).sum():,})" for k in present],

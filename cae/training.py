@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,7 @@ def draw_pairs(labels: np.ndarray, config: TrainConfig, seed: int) -> Pairs:
     count = config.pairs if config.epochs == 0 else min(config.pairs, round(config.epochs * len(labels)))
     count = max(config.batch, count - count % config.batch)  # whole steps
     rng = np.random.default_rng(seed)
-    kinds = np.array(list(combinations(classes, 2)))
+    kinds = classes[np.stack(np.triu_indices(len(classes), 1), 1)]
     kind = kinds[_passes(np.arange(len(kinds)), count, rng)]  # (P, 2) classes
     kind = rng.permuted(kind, axis=1)
     index = np.empty((count, 2), np.int64)

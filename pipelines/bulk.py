@@ -12,9 +12,10 @@ import hashlib
 import io
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from pipelines.mistakes import UserError
 from pipelines.run import Run, RunOptions
 
 Unit = dict[str, Any]
-Worker = Callable[[Unit], pa.Table]
+Worker = Callable[[Unit], pa.Table | Iterable[pa.Table]]
 UNIT_ROWS = 256
 PATIENCE = (1, 5, 20, 60)  # seconds before a unit is tried again whose files' server cannot be reached
 FILLED = 8
@@ -45,6 +46,7 @@ class _Task:
 
     def __init__(self, worker: type, arguments: dict[str, Any], folder: str, out: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # what is said to be in float32 has all of its digits
         self.run = Run(folder)
         self.out = out
         self.worker: Worker = worker(self.run, **arguments)
@@ -53,8 +55,7 @@ class _Task:
         unit: Unit = pickle.loads(row["unit"])
         for wait in (*PATIENCE, None):
             try:
-                table = self.worker(unit)
-                write_table(self.run, f"{self.out}/{unit['part']}", table)
+                write_table(self.run, f"{self.out}/{unit['part']}", self.worker(unit))
             except (ConnectionError, TimeoutError) as error:  # a server that is down comes back, mostly
                 if wait is None:
                     return {"rows": 0, "error": pickle.dumps(error)}
@@ -139,10 +140,16 @@ def listing(units: list[Unit], version: str) -> str:
 # --- Parquet in the run folder ---------------------------------------------------------------------------------------
 
 
-def write_table(run: Run, name: str, table: pa.Table) -> None:
-    """Write a Parquet file in one piece: readers see all of it or nothing."""
-    file = io.BytesIO()
-    pq.write_table(table, file, row_group_size=UNIT_ROWS)
+def write_table(run: Run, name: str, tables: pa.Table | Iterable[pa.Table]) -> None:
+    """Write a Parquet file in one piece: readers see all of it or nothing.
+
+    Of several tables, at least one, that are made one after the other, only their compressed form is held.
+    """
+    several = iter([tables] if isinstance(tables, pa.Table) else tables)
+    first, file = next(several), io.BytesIO()
+    with pq.ParquetWriter(file, first.schema) as writer:
+        for table in chain([first], several):
+            writer.write_table(table, row_group_size=UNIT_ROWS)
     run.write(name, file.getvalue())
 
 

@@ -36,22 +36,22 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start Ray inside this process."""
     if ray.is_initialized():
         return
-    # Progress is ours to print; of Ray's own messages only errors are for the user.
-    quiet = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONWARNINGS": "ignore"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+    # Progress is ours to print; of Ray's own messages only errors are for the user. Threads that wait for each other
+    # sleep: where another program has a core, two that spin take ten times as long (benchmarks/README.md).
+    workers = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
+    workers = {name: os.environ.setdefault(name, value) for name, value in workers.items()}
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address, logging_level=logging.ERROR, runtime_env={"env_vars": quiet})
+        ray.init(address, logging_level=logging.ERROR, runtime_env={"env_vars": workers})
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         # Ray Train's helpers ask the dashboard which workers live; beside another Ray they would not know which one.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        env = quiet | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+        env = workers | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
         # Four slots at least: a bulk stage needs one for its actor and others for Ray Data's own tasks.
         try:
             ray.init("local", num_cpus=max(4, cores_here()), object_store_memory=500_000_000,

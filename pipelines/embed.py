@@ -64,7 +64,7 @@ def embed(run: Run, options: EmbedOptions, placed: dict[str, Any]) -> dict[str, 
          spec=chosen["spec"], names=names, size=size, fit=options.fit, **placed)  # fmt: skip
     table = read_table(run, "codes", ["id", "split", "predicted", "class_code"])
     codes = matrix(table["class_code"])
-    ids, splits = np.array(table["id"].to_pylist()), np.array(table["split"].to_pylist())
+    ids, splits = (table[name].to_numpy(zero_copy_only=False) for name in ("id", "split"))
     known = splits == "train"
     projections = manifold.project(codes, known, options.seed, options.threads or None)
     write_table(run, "manifold/projections.parquet", pa.table({

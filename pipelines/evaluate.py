@@ -37,7 +37,7 @@ from pipelines.train import open_oracle
 from pipelines.ways import read_ways
 
 SWAPS = 2000  # images a split whose class codes are swapped, at most
-NEW_CODES = 2000  # class codes made by SMOTE, of each class
+NEW_CODES, MOST_NEW_CODES = 2000, 40_000  # class codes made by SMOTE, of each class, and of all at most
 UNSMOOTHED = "CAE, not smoothed"
 SHOWN = 8  # images whose maps by every method are drawn side by side
 MEASURED = AT_ONCE  # images measured in a unit: short ones tell sooner how long it takes, and keep all cores busy
@@ -212,9 +212,9 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
         for name in measured.id:
             tasks[name] = tasks.get(name, nothing) | {"measured": True}
         if split == headline:  # a few of every class, chosen by the seed and not by their looks
-            for _, of_class in measured.groupby("predicted"):
-                for name in of_class.id[: max(1, SHOWN // measured.predicted.nunique())]:
-                    tasks[name] |= {"shown": True}
+            shown = measured.groupby("predicted").head(max(1, SHOWN // max(1, measured.predicted.nunique())))
+            for name in shown.id[: 2 * SHOWN]:
+                tasks[name] |= {"shown": True}
     if full:
         skipped |= _spread_new_codes(codes, tasks, headline, options.seed)
     whole, units = [], []
@@ -246,10 +246,13 @@ def _cut(tasks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _spread_new_codes(codes: pd.DataFrame, tasks: dict[str, dict[str, Any]], split: str, seed: int) -> dict[str, str]:
     """Give every image of the split that is swapped its share of new class codes, made by SMOTE of training codes."""
     known = codes[codes.split == "train"]
+    each = min(NEW_CODES, MOST_NEW_CODES // max(1, known.predicted.nunique()))
     try:
         if not len(known):
             raise ValueError("there are no training codes")
-        new, classes = smote_codes(np.stack(known.class_code.to_list()), known.predicted.to_numpy(), NEW_CODES, seed)
+        if not each:
+            raise ValueError(f"there are more than {MOST_NEW_CODES:,} classes")
+        new, classes = smote_codes(np.stack(known.class_code.to_list()), known.predicted.to_numpy(), each, seed)
     except ValueError as error:
         return {"class codes by SMOTE": str(error)}
     of_split = set(codes[codes.split == split].id)

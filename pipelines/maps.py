@@ -45,7 +45,8 @@ def choose_targets(p: Tensor, targets: str, names: tuple[str, ...],
     `targets` is `runner-up` (the likeliest one that is reachable, if any is), `all`, or one of the class names.
     """
     pairs = []
-    for i, (_, *others) in enumerate(p.argsort(1, descending=True).tolist()):
+    # Stable, as `argmax` is: of several classes that are equally likely, that one is the image's own.
+    for i, (_, *others) in enumerate(p.argsort(dim=1, descending=True, stable=True).tolist()):
         if targets in names:
             others = [label for label in others if names[label] == targets]
         elif targets == "runner-up":
@@ -65,13 +66,11 @@ class ExplainWorker:
         self.cae = place(training.load(cae), device, bf16)
         self.overlays = 0  # to be drawn yet
 
-    def __call__(self, unit: Unit) -> pa.Table:
-        rows: list[dict[str, Any]] = []
+    def __call__(self, unit: Unit) -> Iterator[pa.Table]:
         self.overlays = unit["overlays"]
         for batch in batches(read_unit(self.run, unit), BATCH):
-            rows += self.explain(batch["id"].to_pylist(),
-                                 decode_all(batch["image"].to_pylist(), self.size, self.fit)[0])  # fmt: skip
-        return self.table(rows, split_of(unit))
+            arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
+            yield self.table(self.explain(batch["id"].to_pylist(), arrays), split_of(unit))
 
     def explain(self, ids: list[str], arrays: np.ndarray) -> list[dict[str, Any]]:
         """A row for every explanation of images uint8 (B, size, size, 3); draws overlays while any are left."""
@@ -80,7 +79,13 @@ class ExplainWorker:
         room = BATCH // self.ways.donors  # at least 1: see MOST_DONORS
         multiple = min(FILLED, room) if cached else 1
         at_once = room // multiple * multiple
-        p = self.blackbox.probabilities(to_tensor(arrays[filled(len(arrays))], self.device)).cpu()[: len(arrays)]
+        try:
+            p = self.blackbox.probabilities(to_tensor(arrays[filled(len(arrays))], self.device)).cpu()[: len(arrays)]
+        except RuntimeError as error:  # as below
+            if len(arrays) > 1:
+                each = ([name] for name in ids), (array[None] for array in arrays)
+                return [row for name, array in zip(*each, strict=True) for row in self.explain(name, array)]
+            return [self.failed(ids[0], str(error).splitlines()[0])]
         images, targets = [], []
         for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):
             if label in self.ways.ends:
@@ -193,15 +198,15 @@ class ArchiveWorker:
             name = f"explanations/{unit['part'].removesuffix('.parquet')}-{number:06d}.parquet"
             if not self.run.fs.exists(self.run.path(name)):
                 self.worker.overlays = min(UNIT_ROWS, max(0, unit["overlays"] - number * UNIT_ROWS))
-                rows = [row for some in self._explain(found for _, found in group) for row in some]
-                write_table(self.run, name, self.worker.table(rows, "archive"))
+                of_group = self._explain(found for _, found in group)
+                write_table(self.run, name, (self.worker.table(rows, "archive") for rows in of_group))
             told = read_part(self.run, name, ["status", "error"])
             counts.update(zip(told["status"].to_pylist(), told["error"].to_pylist(), strict=True))
         rows = [{"status": status, "error": error, "rows": count} for (status, error), count in counts.items()]
         return pa.Table.from_pylist(rows, COUNTED)
 
     def _explain(self, found: Iterator[tuple[Item, bytes, str]]) -> Iterator[list[dict[str, Any]]]:
-        """Rows of images as they come; not more than BATCH are held."""
+        """Rows of images as they come, of not more than BATCH at once."""
         ids, arrays = [], []
         for item, content, problem in found:
             for name, picture, reason in sources.frames(item, content, problem):

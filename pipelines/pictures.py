@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pipelines.evaluate import EvaluateOptions
 
 Pictures = dict[str, tuple[str, Figure]]
-SAMPLES = 8
+SAMPLES = 8  # images that are drawn, a class' share of them at least one each,
+MOST_SAMPLES = 24  # and of many classes so many
+CLASSES = 40  # most that a table of swaps is drawn of
 STRIPS = 6  # rows of the swap grid and of the dragged codes
 FILLS = {"uniform": "noise", "blur": "the image itself, heavily blurred", "inpaint": "a smooth in-fill"}
 
@@ -44,13 +46,15 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         plots.manifold(projections, points.predicted.to_numpy(), names, points.split.to_numpy()),
     )}  # fmt: skip
     swapped = rows[rows.split == headline].dropna(subset="donor")
-    if len(swapped):
-        matrix = np.zeros((len(names), len(names)), int)
-        np.add.at(matrix, (swapped.swap_target.astype(int), swapped.swap_predicted.astype(int)), 1)
+    of_swaps = swapped[["swap_target", "swap_predicted"]].to_numpy(int)
+    present = np.unique(of_swaps)
+    if 0 < len(present) <= CLASSES:
+        matrix = np.zeros((len(present), len(present)), int)
+        np.add.at(matrix, tuple(np.searchsorted(present, of_swaps).T), 1)
         pictures["swap_classes"] = (
             f"Images of {headline} rebuilt with another's class code: the class of the code put in, and the one that "
             "the classifier then sees.",
-            plots.confusion(matrix, names, "Swaps", "class of the code", "class seen"),
+            plots.confusion(matrix, [names[label] for label in present], "Swaps", "class of the code", "class seen"),
         )
     ways = tables.ways_by_direction(rows, headline, names)
     if ways:
@@ -124,7 +128,7 @@ def _few(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
     if rows.empty:
         return rows
     rows = rows.sort_values("id").groupby("source").sample(frac=1, random_state=seed)
-    return rows.groupby("source").head(max(1, SAMPLES // rows.source.nunique()))
+    return rows.groupby("source").head(max(1, SAMPLES // rows.source.nunique())).head(MOST_SAMPLES)
 
 
 def _swaps(cae: CAE, blackbox: BlackBox, sample: pd.DataFrame, images: np.ndarray, donors: np.ndarray,
@@ -201,7 +205,7 @@ def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, ima
     """The way of each image to the class that explains it, and its map."""
     ways = read_ways(run, options)
     x = to_tensor(images)
-    ranked = blackbox.probabilities(x).argsort(1, descending=True)
+    ranked = blackbox.probabilities(x).argsort(dim=1, descending=True, stable=True)
     asked = {names.index(ways.targets)} & set(ways.ends) if ways.targets in names else set(ways.ends)
     aims = [next((t for t in r.tolist()[1:] if t in asked), -1) for r in ranked]  # -1: nothing to walk to
     walks = [i for i, t in enumerate(aims) if t >= 0]

@@ -30,7 +30,7 @@ TINY = [
     "--image-size", "32", "--width", "16", "--blocks", "1", "--disc-width", "8", "--pairs", "48", "--epochs", "0",
     "--batch", "4", "--warm-up", "20", "--recon-warm-up", "20",
     "--resnet.epochs", "15", "--resnet.min-steps", "0", "--resnet.batch", "8",
-    "--evaluated", "6", "--draws", "2", "--overlays", "3",
+    "--evaluated", "10", "--draws", "2", "--overlays", "3",
 ]  # fmt: skip
 BAD = {
     "truncated.jpg": "truncated",

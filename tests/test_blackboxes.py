@@ -254,10 +254,42 @@ def test_what_rounds_to_probability_0_is_near_what_just_does_not(digits: int | N
 
     brightness = torch.linspace(0, 1, 2001)
     grey = brightness[:, None, None, None].expand(-1, 3, 4, 4)
-    logits = BlackBox(Rounded(), ("a", "b"), outputs="probabilities")(grey)
+    logits = BlackBox(Rounded(), ("a", "b"), outputs="probabilities", differentiable=digits is None)(grey)
     lead, true = logits[:, 1] - logits[:, 0], 20 * brightness
     assert torch.allclose(lead[true < 5], true[true < 5], atol=0.02)
     assert lead.diff().abs().max() < cliff and lead.max() < 16.7
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_a_smaller_probability_is_never_taken_for_a_larger_one(differentiable: bool) -> None:
+    """From where a softmax of float32 rounds little, past where it is denormal, to where it is 0."""
+
+    class Softmax(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.mean((2, 3))[:, :1] * 200, torch.zeros(len(x), 1)], 1).softmax(1)
+
+    x = torch.linspace(-1, 1, 401)[:, None, None, None].expand(-1, 3, 4, 4).clone().requires_grad_()
+    logits = BlackBox(Softmax(), ("a", "b"), outputs="probabilities", differentiable=differentiable)(x)
+    lead = logits[:, 1] - logits[:, 0]
+    assert (lead.diff() <= 0).all() and lead.isfinite().all()
+    (gradient,) = torch.autograd.grad(lead.sum(), x)
+    assert gradient.isfinite().all()
+    reach = 87 if differentiable else 16
+    true = -200 * x.detach().mean((1, 2, 3))
+    within = true.abs() < reach
+    assert torch.allclose(lead[within], true[within], atol=0.01) and within.sum() > 30
+    assert (gradient[within].flatten(1) != 0).any(1).all()
+
+
+def test_a_function_that_takes_no_tensor_of_a_device_gets_it_from_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def f(x):\n    if x.device.type != 'cpu':\n        raise TypeError\n    return [[1.0, 2.0]] * len(x)\n"
+    module_of(tmp_path, monkeypatch, "of_numpy", code)
+    on_cpu = []
+    monkeypatch.setattr(Tensor, "cpu", lambda x: on_cpu.append(x.device.type) or torch.zeros(x.shape))
+    asked = load("of_numpy:f").net(torch.zeros(2, 3, 4, 4, device="meta"))  # as good as a GPU, but that it has no data
+    assert asked.device.type == "meta" and asked.shape == (2, 2) and on_cpu == ["meta"]
 
 
 def test_paths_become_absolute_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

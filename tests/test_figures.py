@@ -286,6 +286,17 @@ def test_manifold_draws_three_splits_at_most_and_many_classes() -> None:
         plots.manifold({"PCA": points[1:]}, np.zeros(40, int), ["a"], splits)
 
 
+def test_manifold_of_many_codes_and_classes_stays_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "POINTS", 100)
+    labels = np.minimum(np.arange(3000), 999)  # 999 is the commonest
+    fig = plots.manifold({"PCA": np.random.default_rng(0).normal(size=(3000, 2))}, labels,
+                         [f"c{k}" for k in range(1000)], np.full(3000, "test"))  # fmt: skip
+    (ax,) = fig.axes
+    assert len(ax.collections[0].get_offsets()) == 100 and ax.get_title() == "test (n = 3,000)"
+    entries = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(entries) == plots.ENTRIES and entries[-1] == "c999 (2,001)"
+
+
 def test_perturbation_curves_tell_methods_from_controls() -> None:
     covered = np.linspace(0.01, 0.3, 20)
     slopes = {"random map": 0.1, "LIME": 0.5, "CAE path": 2.0, "Edge (Sobel)": 0.3}

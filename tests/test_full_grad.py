@@ -133,6 +133,18 @@ def test_smooth_full_grad_without_noise_is_simple_and_averages_with_it() -> None
             torch.testing.assert_close(maps[i], psi(means), rtol=1e-3, atol=1e-3)
 
 
+def test_full_grad_refuses_every_image_of_a_network_that_it_decomposes_nearly() -> None:
+    images, layers, width = pictures(16, 12, 12), list[nn.Module](), 3
+    torch.manual_seed(1)
+    for _ in range(4):
+        layers, width = [*layers, nn.Conv2d(width, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU()], 8
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 144, 2)).eval().requires_grad_(False)
+    scramble(net)
+    for one in images.split(1):
+        with pytest.raises(ValueError, match="leave out"):
+            full_grad(net, one, torch.tensor([1]))
+
+
 def test_full_grad_refuses_a_network_that_it_does_not_decompose() -> None:
     images, target = pictures(), torch.tensor([0, 1, 0, 1])
     torch.manual_seed(0)

@@ -45,6 +45,20 @@ def rows() -> pd.DataFrame:
     return pd.DataFrame([*out, {"id": "other", "split": "test", "group": "p", "source": 1, "measured": False}])
 
 
+@pytest.fixture(autouse=True)
+def intervals_of_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "FEWEST", 2)
+
+
+def test_there_is_no_interval_of_few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "FEWEST", 4)
+    for patients, told in ((3, False), (4, True)):
+        images = [{"id": f"{i}", "group": f"{i % patients}", "method": method, "value": i * gain}
+                  for i in range(8) for method, gain in (("CAE", 2.0), ("peer", 1.0))]  # fmt: skip
+        _, peer = tables.compare(pd.DataFrame(images), "value")
+        assert peer["images"] == 8 and peer["value"] == 3.5 and ("low" in peer) == told
+
+
 def test_perturbation_is_means_peaks_and_paired_differences() -> None:
     table = tables.perturbation_table(tables.map_rows(rows()), {"peer": ("blur",)})
     keys = ["fill", "form", "measure", "method"]
@@ -169,6 +183,11 @@ def test_rankings_of_fills_are_compared_by_kendalls_tau() -> None:
     agree = [np.sign((means[a][0] - means[b][0]) * (means[a][1] - means[b][1])) for a, b in pairs]
     assert table.fills["disjoint"] == "uniform, blur" and table.methods["disjoint"] == 3
     assert np.isclose(table.kendall_tau["disjoint"], np.mean(agree)) and np.isclose(np.mean(agree), 1 / 3)
+    # Neither a method that a fill is told to nor a map's smoothed twin is another witness.
+    twins = perturbation[perturbation.method == "random"].assign(method="random, smoothed")
+    told = perturbation.told | ((perturbation.method == "peer") & (perturbation.fill == "blur"))
+    table = tables.agreement_table(pd.concat([perturbation.assign(told=told), twins]))
+    assert (table.methods == 2).all() and (table.kendall_tau == 1).all()
 
 
 def test_localisation_is_of_images_with_a_known_truth() -> None:

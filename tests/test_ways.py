@@ -109,6 +109,11 @@ def test_targets() -> None:
     assert choose_targets(p, "all", names, {0}) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 1), (1, 0)]
     assert choose_targets(p, "a", names, {0}) == [(1, 0)]
     assert choose_targets(p[:0], "all", names, {0}) == []
+    alike = torch.full((20, 1000), 1e-3).scatter_(1, torch.randint(1000, (20, 2)), 0.25)
+    names = tuple(str(label) for label in range(1000))
+    for targets in ("runner-up", "all"):
+        for i, label in choose_targets(alike, targets, names, set(range(1000))):
+            assert label != int(alike[i].argmax())
 
 
 # On the run that the pipeline tests share.
@@ -124,7 +129,7 @@ def rows_of(folder: Path, *words: str) -> pd.DataFrame:
     worker = ExplainWorker(run, spec=str(folder / "classifier"), names=("plain", "spot"), cae=str(folder / "cae"),
                            size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=True,
                            how=path_options(given))  # fmt: skip
-    table = pa.concat_tables([worker(unit | {"overlays": 0}) for unit in shard_units(run, ("test",))])
+    table = pa.concat_tables(some for unit in shard_units(run, ("test",)) for some in worker(unit | {"overlays": 0}))
     return table.to_pandas()
 
 

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from cae.classifiers import BlackBox
 
-INCOMPLETE = 0.01
+INCOMPLETE = 1e-4
 """Share of the sum of all terms' sizes that may be missing: far above rounding, far below another nonlinearity."""
 
 
@@ -82,8 +82,8 @@ def full_gradients(classifier: nn.Module, images: Tensor, target: Tensor) -> Ful
     missing = (terms.logit - total).abs() / sizes.clamp(min=torch.finfo(torch.float32).tiny)
     if (missing > INCOMPLETE).any():
         raise ValueError(
-            f"the terms leave out {float(missing.max()):.0%} of the logit: FullGrad is for networks of convolutions, "
-            "linear layers, batch norms, ReLU and pooling in evaluation mode"
+            f"the terms leave out {float(missing.max()):.1%} of their sizes' sum: FullGrad is for networks of "
+            "convolutions, linear layers, batch norms, ReLU and pooling in evaluation mode"
         )
     return terms
 
