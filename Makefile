@@ -20,8 +20,8 @@ $(VENV)/ready: pyproject.toml
 demo: setup
 	$(BIN)/python pipelines/full.py --dataset synthetic --preset quick $(DEMO)
 
-test: setup  # two files at once: most tests wait for programs to start
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: setup  # two files at once, in their order: most tests wait for programs to start, and the last file is a short one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -14,9 +14,11 @@ import pyarrow as pa
 import torch
 
 from cae import classifiers, manifold, training
+from cae.explain import images_at_once
 from cae.images import Fit, to_tensor
 from pipelines import run as runs
 from pipelines.bulk import (
+    FILLED,
     Unit,
     batches,
     bulk,
@@ -37,6 +39,7 @@ from pipelines.mistakes import UserError
 from pipelines.run import Run, Work
 from pipelines.train import TrainOptions
 
+BATCH = 64  # images that are encoded at once, at most
 CANDIDATES = 8  # training images a class that are tried as its counter codes
 TRIED_ON = 32  # training images of other classes that each candidate is tried on
 
@@ -122,12 +125,14 @@ class EmbedWorker:
         self.run, self.size, self.fit, self.device = run, size, fit, device
         self.blackbox = place(classifiers.load(spec, names), device, bf16)
         self.cae = place(training.load(run.path("cae")), device, bf16)
+        few = images_at_once(torch.empty(0, 3, size, size, device=device), self.blackbox)
+        self.at_once = max(FILLED, min(BATCH, few))
 
     @torch.no_grad()
     def __call__(self, unit: Unit) -> pa.Table:
         table = read_unit(self.run, unit)
         columns: dict[str, list[np.ndarray]] = {"code": [], "p": [], "p_reconstruction": [], "error": []}
-        for batch in batches(table, 64):
+        for batch in batches(table, self.at_once):
             arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
             x = to_tensor(arrays[filled(len(arrays))], self.device)
             code, individual = self.cae.encode(x)
