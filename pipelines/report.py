@@ -13,6 +13,7 @@ from cae.report import Section, Table, render
 from pipelines import tracking
 from pipelines.pictures import draw_examples, plot_numbers
 from pipelines.run import Run
+from pipelines.tables import FEWEST
 
 if TYPE_CHECKING:
     from pipelines.evaluate import EvaluateOptions
@@ -36,10 +37,13 @@ MAP_SHOWS = {
 }
 
 
+SMOOTH = (
+    " Maps of peers, and of controls that a blur changes, are measured as they are and smoothed as CAE's are: a blur "
+    "may be all that a map is ahead by."
+)
 FULL = (
-    " Maps of peers, and of controls that a blur changes, are measured as they are and smoothed as CAE's are; modes "
-    "path, contrast and input, where CAE's own is another, not smoothed, as in the paper. Smooth FullGrad, LIME and "
-    "RISE take 10, 500 and 1000 samples, fewer than their authors."
+    " CAE's modes path, contrast and input, where its own is another, are not smoothed, as in the paper. Smooth "
+    "FullGrad, LIME and RISE take 10, 500 and 1000 samples, fewer than their authors."
 )
 
 
@@ -122,10 +126,12 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             "measured; more is better. Disjoint patches, all of them in the image, cover the same area for every "
             "method and are the headline; the paper's form lets them overlap, which rewards noisy maps. A method that "
             "does not beat the grey controls explains nothing. Differences are paired over images, with 95% bootstrap "
-            "intervals; images of one patient, where that is known, are drawn together. A star: the method fills its "
-            "own queries as the measure does, an unfair advantage. CAE's values tie more than they would: its maps are "
+            "intervals; images of one patient, where that is known, are drawn together. The intervals are not "
+            f"corrected for the number of methods, and of fewer than {FEWEST} patients or images there is none. A "
+            "star: the method fills its own queries as the measure does, an unfair advantage. CAE's values tie more than they would: its maps are "
             "read back in half precision. A fill may be a step towards one class and away from another, so means hold "
             "for this mix of classes; the mean of all fills is mostly that of the fill that does most."
+            + (SMOOTH if options.smooth else "")
             + (FULL if options.tables == "full" else ""),
             shown("perturbation", "perturbation_blur", "perturbation_inpaint", "differences"),
             perturbation_tables(found["perturbation"])
