@@ -128,9 +128,10 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             "does not beat the grey controls explains nothing. Differences are paired over images, with 95% bootstrap "
             "intervals; images of one patient, where that is known, are drawn together. The intervals are not "
             f"corrected for the number of methods, and of fewer than {FEWEST} patients or images there is none. A "
-            "star: the method fills its own queries as the measure does, an unfair advantage. CAE's values tie more than they would: its maps are "
-            "read back in half precision. A fill may be a step towards one class and away from another, so means hold "
-            "for this mix of classes; the mean of all fills is mostly that of the fill that does most."
+            "star: the method fills its own queries as the measure does, an unfair advantage. CAE's values tie more "
+            "than they would: its maps are read back in half precision. A fill may be a step towards one class and "
+            "away from another, so means hold for this mix of classes; the mean of all fills is mostly that of the "
+            "fill that does most."
             + (SMOOTH if options.smooth else "")
             + (FULL if options.tables == "full" else ""),
             shown("perturbation", "perturbation_blur", "perturbation_inpaint", "differences"),
