@@ -75,7 +75,8 @@ def embed(run: Run, options: EmbedOptions, placed: dict[str, Any]) -> dict[str, 
         "pca_1": projections.pca[:, 0], "pca_2": projections.pca[:, 1],
         "tsne_1": projections.tsne[:, 0], "tsne_2": projections.tsne[:, 1],
     }))  # fmt: skip
-    rates = _counter_codes(run, options, codes[known], ids[known], np.array(table["predicted"])[known])
+    here = placed["device"] if torch.cuda.is_available() else "cpu"  # a cluster's head may have no GPU
+    rates = _counter_codes(run, options, here, codes[known], ids[known], np.array(table["predicted"])[known])
     worst = min(rates.values())
     return {
         "says": f"{len(codes):,} codes; a class's counter code flips at least {worst:.0%} of training images",
@@ -86,7 +87,7 @@ def embed(run: Run, options: EmbedOptions, placed: dict[str, Any]) -> dict[str, 
 
 @torch.no_grad()
 def _counter_codes(
-    run: Run, options: EmbedOptions, codes: np.ndarray, ids: np.ndarray, predicted: np.ndarray
+    run: Run, options: EmbedOptions, device: str, codes: np.ndarray, ids: np.ndarray, predicted: np.ndarray
 ) -> dict[int, float]:
     """Write for each class the codes of the training images nearest to its mean, those first that flip b most surely.
 
@@ -94,7 +95,8 @@ def _counter_codes(
     Returns that share of each class's first one.
     """
     chosen = run.result("classify")
-    blackbox, cae = classifiers.load(chosen["spec"], tuple(chosen["classes"])), training.load(run.path("cae"))
+    blackbox = place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), device)
+    cae = place(training.load(run.path("cae")), device)
     rng = np.random.default_rng(options.seed)
     medoids = manifold.medoids(codes, predicted, CANDIDATES)
     tried = {label: rng.permutation(np.flatnonzero(predicted != label))[:TRIED_ON] for label in medoids}
@@ -103,10 +105,10 @@ def _counter_codes(
     rows, rates = [], {}
     for label, candidates in medoids.items():
         others = tried[label]
-        individual = cae.encode(to_tensor(images[np.searchsorted(used, others)]))[1]
+        individual = cae.encode(to_tensor(images[np.searchsorted(used, others)], device))[1]
         shares = []
         for candidate in candidates:
-            code = torch.from_numpy(codes[int(candidate)]).expand(len(others), -1)
+            code = torch.from_numpy(codes[int(candidate)]).to(device).expand(len(others), -1)
             p = blackbox.probabilities(cae.decode(code, individual))
             shares.append((float((p.argmax(1) == label).float().mean()), float(p[:, label].mean())))
         order = sorted(range(len(candidates)), key=lambda i: shares[i], reverse=True)
