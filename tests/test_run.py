@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import mlflow
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cae.config import PRESETS
@@ -135,3 +137,18 @@ def test_class_encoder_is_taught_by_a_classifier_with_a_gradient_whose_predictio
     assert train.plan(run, options)["teach"] is teach
     with pytest.raises(UserError, match="--warm-up 0"):
         train.check(replace(options, train=replace(preset.train, warm_up=0)))
+
+
+def test_a_file_of_several_tables_is_whole_or_not_there(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    tables = [pa.table({"id": [f"{k}" for k in some]}) for some in (range(3), range(0), range(3, 700))]
+    write_table(run, "a/b.parquet", iter(tables))
+    assert pq.read_table(tmp_path / "a/b.parquet")["id"].to_pylist() == [f"{k}" for k in range(700)]
+
+    def broken() -> Iterator[pa.Table]:
+        yield tables[0]
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        write_table(run, "a/c.parquet", broken())
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.parquet"]
