@@ -141,7 +141,9 @@ def test_class_encoder_is_taught_by_a_classifier_with_a_gradient_whose_predictio
 
 def test_a_file_of_several_tables_is_whole_or_not_there(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
-    tables = [pa.table({"id": [f"{k}" for k in some]}) for some in (range(3), range(0), range(3, 700))]
+    tables = [
+        pa.table({"id": pa.array([f"{k}" for k in some], pa.string())}) for some in (range(3), range(0), range(3, 700))
+    ]
     write_table(run, "a/b.parquet", iter(tables))
     assert pq.read_table(tmp_path / "a/b.parquet")["id"].to_pylist() == [f"{k}" for k in range(700)]
 
