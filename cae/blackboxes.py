@@ -47,7 +47,8 @@ class Card:
     input_size: int | tuple[int, int] | None = None
     """Side of the square, or height and width, that images are resized to. None: any size will do."""
     channels: Literal["RGB", "BGR", "grey"] = "RGB"
-    """Order of the colour channels; `grey`: one channel, their mean."""
+    """Order of the colour channels; `grey`: one channel, their mean; three times where `mean` or `std` has three
+    numbers."""
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     """Order of the axes."""
     mean: float | tuple[float, ...] | None = None
@@ -76,7 +77,7 @@ class Card:
             values = value if isinstance(value, tuple) else (value,)
             return bool(values) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
-        size, names, of_channels = self.input_size, self.classes, ((), (1,), (1 if self.channels == "grey" else 3,))
+        size, names, of_channels = self.input_size, self.classes, ((), (1,), (3,))
         fine = {
             "classes": isinstance(names, tuple) and all(isinstance(n, str) for n in names)
             and len(set(names)) == len(names) != 1,

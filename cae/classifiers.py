@@ -22,9 +22,9 @@ from cae.config import ClassifierConfig
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
 LEAST = 1e-7
-"""What smaller probabilities are taken for, where only they are known: about float32's step below 1. A 0 was rounded,
-and the logarithm of anything much smaller would outweigh all else that a map is made of. A softmax with a gradient
-rounds nothing above float32's least normal number; the one that is left of a single probability is rounded here."""
+"""Where only outputs are known, the probability below which their logarithm goes on along its tangent: about float32's
+step below 1. A 0 was rounded, and its logarithm would outweigh all else that a map is made of; so would one of anything
+much smaller. A softmax with a gradient rounds nothing above float32's least normal number: there it is that one."""
 PROBE = (128, 128)  # the images that a classifier for any size is tried on when it is opened
 
 
@@ -132,12 +132,15 @@ class BlackBox(nn.Module):
         if self.input_size is not None and x.shape[-2:] != self.input_size:
             x = F.interpolate(x, size=self.input_size, mode="bilinear", antialias=True)
         y = self.net(x if self.layout == "NCHW" else x.permute(0, 2, 3, 1))
+        if self.outputs == "probabilities":
+            y = y.float()
         if y.numel() == len(y):  # of two classes the second one's
             y = y.reshape(-1, 1)
             y = torch.cat([torch.zeros_like(y) if self.outputs == "logits" else (1 - y).clamp(min=LEAST), y], 1)
         if self.outputs == "logits":
             return y
-        return y.clamp(min=torch.finfo(torch.float32).tiny if self.differentiable else LEAST).log()
+        least = torch.finfo(torch.float32).tiny if self.differentiable else LEAST
+        return torch.where(y > least, y, least).log() + (y / least - 1).clamp(max=0)  # one that keeps their order
 
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:

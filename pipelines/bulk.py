@@ -146,7 +146,9 @@ def write_table(run: Run, name: str, tables: pa.Table | Iterable[pa.Table]) -> N
     Of several tables, at least one, that are made one after the other, only their compressed form is held.
     """
     several = iter([tables] if isinstance(tables, pa.Table) else tables)
-    first, file = next(several), io.BytesIO()
+    first, file = next(several, None), io.BytesIO()
+    if first is None:
+        raise ValueError(f"{name}: no table to write")
     with pq.ParquetWriter(file, first.schema) as writer:
         for table in chain([first], several):
             writer.write_table(table, row_group_size=UNIT_ROWS)

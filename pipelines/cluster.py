@@ -28,6 +28,9 @@ from pipelines.run import Run, RunOptions
 # Of glibc, for processes that train: freed memory is kept. Blocks of many megabytes are else given back to the system
 # and taken anew at every step, page by page (benchmarks/README.md).
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+# Progress is ours to print; of Ray's own messages only errors are for the user. Threads that wait for each other sleep:
+# where another program has a core, two that spin take ten times as long (benchmarks/README.md).
+WORKERS = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
 START_MINUTES = 15  # that a cluster on demand gets to start its machines
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
@@ -36,10 +39,7 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start Ray inside this process."""
     if ray.is_initialized():
         return
-    # Progress is ours to print; of Ray's own messages only errors are for the user. Threads that wait for each other
-    # sleep: where another program has a core, two that spin take ten times as long (benchmarks/README.md).
-    workers = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
-    workers = {name: os.environ.setdefault(name, value) for name, value in workers.items()}
+    workers = _unless_set(WORKERS)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
@@ -61,6 +61,16 @@ def connect() -> None:
                 raise UserError("Ray did not start in half a minute: is this machine busy? Call again") from error
             raise
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _unless_set(variables: dict[str, str]) -> dict[str, str]:
+    """Those environment variables that have no value yet; they have these then.
+
+    The others reach the workers with this process's environment, or with the job's: Ray refuses to be told twice.
+    """
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
+    return new
 
 
 def gpus_of(options: RunOptions) -> int:

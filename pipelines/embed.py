@@ -128,7 +128,7 @@ class EmbedWorker:
         self.blackbox = place(classifiers.load(spec, names), device, bf16)
         self.cae = place(training.load(run.path("cae")), device, bf16)
         few = images_at_once(torch.empty(0, 3, size, size, device=device), self.blackbox)
-        self.at_once = max(FILLED, min(BATCH, few))
+        self.at_once = max(1, min(BATCH, few) // FILLED) * FILLED
 
     @torch.no_grad()
     def __call__(self, unit: Unit) -> pa.Table:

@@ -80,12 +80,9 @@ class ExplainWorker:
         multiple = min(FILLED, room) if cached else 1
         at_once = room // multiple * multiple
         try:
-            p = self.blackbox.probabilities(to_tensor(arrays[filled(len(arrays))], self.device)).cpu()[: len(arrays)]
-        except RuntimeError as error:  # as below
-            if len(arrays) > 1:
-                each = ([name] for name in ids), (array[None] for array in arrays)
-                return [row for name, array in zip(*each, strict=True) for row in self.explain(name, array)]
-            return [self.failed(ids[0], str(error).splitlines()[0])]
+            p = self._ask(arrays[filled(len(arrays))])[: len(arrays)]
+        except torch.OutOfMemoryError:
+            p = torch.cat([self._ask(array[None]) for array in arrays])
         images, targets = [], []
         for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):
             if label in self.ways.ends:
@@ -103,6 +100,10 @@ class ExplainWorker:
                 self._overlay(array, first[name])
                 self.overlays -= 1
         return rows
+
+    def _ask(self, arrays: np.ndarray) -> Tensor:
+        """The classifier's probabilities (B, C)."""
+        return self.blackbox.probabilities(to_tensor(arrays, self.device)).cpu()
 
     def table(self, rows: list[dict[str, Any]], split: str) -> pa.Table:
         """Rows of images of one split as they are written."""
@@ -137,7 +138,7 @@ class ExplainWorker:
             if len(images) > 1:
                 pairs = list(zip(images, targets, strict=True))[:wanted]
                 return [row for i, t in pairs for row in self._explain(arrays, ids, p, [i], [t])]
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             return [self.failed(names[0], reason, int(source[0]), targets[0])]
         found = over_donors(paths, counts)
         distance = self.ways.known.distance_to(codes)
@@ -207,19 +208,18 @@ class ArchiveWorker:
 
     def _explain(self, found: Iterator[tuple[Item, bytes, str]]) -> Iterator[list[dict[str, Any]]]:
         """Rows of images as they come, of not more than BATCH at once."""
-        ids, arrays = [], []
+        ids, arrays, lost = [], [], []
         for item, content, problem in found:
             for name, picture, reason in sources.frames(item, content, problem):
                 if picture is None:
-                    yield [self.worker.failed(name, reason, status="unreadable")]
+                    lost.append(self.worker.failed(name, reason, status="unreadable"))
                     continue
                 ids.append(name)
                 arrays.append(fitted(picture, self.worker.size, self.worker.fit))
                 if len(ids) == BATCH:
                     yield self.worker.explain(ids, np.stack(arrays))
                     ids, arrays = [], []
-        if ids:
-            yield self.worker.explain(ids, np.stack(arrays))
+        yield lost + (self.worker.explain(ids, np.stack(arrays)) if ids else [])
 
 
 COUNTED = pa.schema({"status": pa.string(), "error": pa.string(), "rows": pa.int64()})

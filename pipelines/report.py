@@ -13,7 +13,7 @@ from cae.report import Section, Table, render
 from pipelines import tracking
 from pipelines.pictures import draw_examples, plot_numbers
 from pipelines.run import Run
-from pipelines.tables import FEWEST
+from pipelines.tables import CLASSES, FEWEST
 
 if TYPE_CHECKING:
     from pipelines.evaluate import EvaluateOptions
@@ -116,7 +116,8 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
             "as it says; a high stump, or nearly all variance in two components, says that the code is little more "
             "than one score.",
             shown("manifold", "dragged_codes", "smoothness"),
-            table("Separability of the class codes (Table III)", "separability")
+            table(f"Separability of the class codes (Table III), of the {CLASSES} commonest classes at most",
+                    "separability")
             + table("New class codes, by SMOTE of the training codes: share that the classifier gives their class, "
                     f"decoded with the individual codes of {headline}", "new_codes"),
         ),

@@ -71,10 +71,11 @@ def compare(frame: pd.DataFrame, value: str, ours: str = "CAE") -> list[dict[str
         mean = metrics.peak_degradation(torch.from_numpy(values)) if curves else of_method.astype(float).mean()
         row = {"method": method, "images": len(values), "value": mean}
         both = table[[ours, method]].dropna() if method != ours and ours in table else of_method[:0]
-        if group[both.index].nunique() >= FEWEST:
+        groups = group[both.index]
+        if groups.nunique() > 1:
             a, b = (np.array(both[name].to_list(), float) for name in both)
-            interval = metrics.paired_bootstrap(a, b, groups=group[both.index])
-            row |= dict(zip(COMPARED[3:], interval, strict=True))
+            interval = metrics.paired_bootstrap(a, b, groups=groups)
+            row |= dict(zip(COMPARED[3:], interval if groups.nunique() >= FEWEST else interval[:1], strict=False))
         found.append(row)
     return found
 

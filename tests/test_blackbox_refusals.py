@@ -110,7 +110,7 @@ def refusal(spec: str, classes: tuple[str, ...] = ()) -> str:
         ({"input_size": [1, 2, 3]}, "input_size is (1, 2, 3)"), ({"input_size": 1.5}, "input_size is 1.5"),
         ({"channels": "GRB"}, "channels is 'GRB': choose RGB, BGR, grey"), ({"layout": 3}, "layout is 3"),
         ({"mean": "0"}, "mean is '0'"), ({"std": 0}, "std is 0"), ({"std": [1, 0, 1]}, "std is (1, 0, 1)"),
-        ({"channels": "grey", "mean": [0.5, 0.5, 0.5]}, "mean is (0.5, 0.5, 0.5)"), ({"std": [1, 1]}, "std is (1, 1)"),
+        ({"std": [1, 1]}, "std is (1, 1)"), ({"mean": [0.5, 0.5, 0.5, 0.5]}, "mean is (0.5, 0.5, 0.5, 0.5)"),
         ({"outputs": "softmax"}, "choose logits, probabilities"), ({"batch": 0}, "batch is 0"),
         ({"batch": True}, "batch is True"), ({"timeout": 0}, "timeout is 0"), ({"retries": -1}, "retries is -1"),
         ({"token": 5}, "token is 5"), ({"size": 3}, "'size' is none of the fields classifier, classes"),

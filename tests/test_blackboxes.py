@@ -281,6 +281,19 @@ def test_a_smaller_probability_is_never_taken_for_a_larger_one(differentiable: b
     assert (gradient[within].flatten(1) != 0).any(1).all()
 
 
+@pytest.mark.parametrize("differentiable", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_small_probabilities_keep_their_order(differentiable: bool, dtype: torch.dtype) -> None:
+    class Sure(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([[1.0, 1e-12, 3e-7, 1e-10, 0.0]], dtype=dtype).expand(len(x), 5)
+
+    logits = BlackBox(Sure(), tuple("abcde"), outputs="probabilities", differentiable=differentiable)(images(2))
+    assert logits.isfinite().all() and logits.argsort(1, descending=True)[:, :2].tolist() == [[0, 2]] * 2
+    if dtype == torch.float32:
+        assert logits.argsort(1, descending=True).tolist() == [[0, 2, 3, 1, 4]] * 2
+
+
 def test_a_function_that_takes_no_tensor_of_a_device_gets_it_from_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from cae.config import PRESETS
 from pipelines import embed, tracking, train, tune
 from pipelines import run as runs
 from pipelines.bulk import write_table
-from pipelines.cluster import pace
+from pipelines.cluster import _unless_set, pace
 from pipelines.embed import EmbedOptions
 from pipelines.mistakes import UserError
 from pipelines.run import Run
@@ -154,3 +155,9 @@ def test_a_file_of_several_tables_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError):
         write_table(run, "a/c.parquet", broken())
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.parquet"]
+
+
+def test_workers_are_told_what_nobody_has_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"B": "theirs"})
+    assert _unless_set({"A": "ours", "B": "ours"}) == {"A": "ours"}
+    assert os.environ == {"A": "ours", "B": "theirs"}

@@ -56,7 +56,7 @@ def test_there_is_no_interval_of_few_groups(monkeypatch: pytest.MonkeyPatch) -> 
         images = [{"id": f"{i}", "group": f"{i % patients}", "method": method, "value": i * gain}
                   for i in range(8) for method, gain in (("CAE", 2.0), ("peer", 1.0))]  # fmt: skip
         _, peer = tables.compare(pd.DataFrame(images), "value")
-        assert peer["images"] == 8 and peer["value"] == 3.5 and ("low" in peer) == told
+        assert peer["images"] == 8 and peer["value"] == peer["cae_minus_this"] == 3.5 and ("low" in peer) == told
 
 
 def test_perturbation_is_means_peaks_and_paired_differences() -> None:

@@ -227,6 +227,27 @@ def test_the_networks_see_few_sizes_of_batches(finished: Path, donors: str, mode
         assert asked <= paths | {8, 16, 24, 32}
 
 
+def test_a_batch_that_does_not_fit_is_asked_about_one_by_one(finished: Path) -> None:
+    run, given = Run(str(finished)), options(finished, "--mode", "input")
+    worker = ExplainWorker(run, spec=str(finished / "classifier"), names=("plain", "spot"), cae=str(finished / "cae"),
+                           size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=False,
+                           how=path_options(given))  # fmt: skip
+    arrays = np.random.default_rng(0).integers(256, size=(3, 32, 32, 3), dtype=np.uint8)
+    whole, ask, asked = worker.explain(["a", "b", "c"], arrays), worker._ask, []
+
+    def little_memory(some: np.ndarray) -> torch.Tensor:
+        asked.append(len(some))
+        if len(some) > 1:
+            raise torch.OutOfMemoryError
+        return ask(some)
+
+    worker._ask = little_memory  # type: ignore[method-assign]
+    rows = worker.explain(["a", "b", "c"], arrays)
+    assert asked == [8, 1, 1, 1]
+    assert [(row["id"], row["status"], row["target"]) for row in rows] == [
+        (row["id"], row["status"], row["target"]) for row in whole]  # fmt: skip
+
+
 def sizes_seen(network: torch.nn.Module) -> set[int]:
     """The batch sizes that a network will have been given."""
     seen = set[int]()

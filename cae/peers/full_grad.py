@@ -82,7 +82,7 @@ def full_gradients(classifier: nn.Module, images: Tensor, target: Tensor) -> Ful
     missing = (terms.logit - total).abs() / sizes.clamp(min=torch.finfo(torch.float32).tiny)
     if (missing > INCOMPLETE).any():
         raise ValueError(
-            f"the terms leave out {float(missing.max()):.1%} of their sizes' sum: FullGrad is for networks of "
+            f"the terms leave out {float(missing.max()):.1g} of their sizes' sum: FullGrad is for networks of "
             "convolutions, linear layers, batch norms, ReLU and pooling in evaluation mode"
         )
     return terms
