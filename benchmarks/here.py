@@ -17,14 +17,15 @@ from cae.config import PresetConfig
 from cae.images import to_tensor
 from cae.networks import CAE, Discriminator
 from pipelines.bulk import read_images, read_table
-from pipelines.cluster import KEEP_MEMORY, place
+from pipelines.cluster import KEEP_MEMORY, WORKERS, place
 from pipelines.run import Run
 
 
 def as_workers_run() -> None:
     """Start this program anew with the environment that training workers have, unless it has it; called first."""
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+    theirs = WORKERS | KEEP_MEMORY
+    if not theirs.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | theirs)
 
 
 @dataclass(frozen=True, eq=False)

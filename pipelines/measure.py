@@ -39,7 +39,7 @@ WALK = 9  # frames of a straight path between two class codes
 AT_ONCE = 16  # images that a method is given, or walked with, at once
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 BRIEF_PEERS = ("Grad-CAM",)
-SMOOTH = ("centre",)  # controls that a blur would only turn into themselves
+ALREADY_SMOOTH = ("centre",)  # controls that a blur would only turn into themselves
 SMOOTHED = ", smoothed"  # behind a peer's or control's name: its maps after the blur that CAE's get
 Method = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]
 """Images (B, 3, S, S), b's classes (B,), classes to walk to (B,), waypoints of all paths there (n, W, D) and how many
@@ -161,7 +161,8 @@ class MeasureWorker:
         self.own, self.full = modes["CAE"], full
         self.methods = methods(self.blackbox, self.cae, modes, full, seed)
         # A blur may be all that a map is ahead by: peers and controls are measured with the one that the CAE's get too.
-        self.smooth, self.smoothed = smooth, set(self.methods) - set(modes) - set(SMOOTH) if smooth else set()
+        others = set(self.methods) - set(modes) - set(ALREADY_SMOOTH)
+        self.smooth, self.smoothed = smooth, others if smooth else set()
         self.fills: tuple[Fill, ...] = get_args(Fill) if full else ("uniform",)
 
     def __call__(self, unit: Unit) -> pa.Table:

@@ -36,9 +36,7 @@ def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path
     before = warmed_up.stat().st_mtime_ns
     for later in folder.glob("checkpoints/train/checkpoint_*"):  # if its worker outlived it by as much
         shutil.rmtree(later)
-    kill_when(
-        lambda: any(folder.glob("checkpoints/train/checkpoint_*/state.pt")), log, "train.py", "--run", str(folder)
-    )
+    kill_when(lambda: any(folder.glob("checkpoints/train/checkpoint_*/state.pt")), log, "train.py", *run)
     assert "result" not in state(folder)["stages"]["train"]
     assert warmed_up.stat().st_mtime_ns == before and "warmed up" not in log.read_text()
     for script in ("train.py", "embed.py"):
