@@ -240,8 +240,12 @@ def _from_library(spec: str, card: Card, built_in: Mapping[str, Create]) -> tupl
     except Exception as error:
         raise ValueError(f"{library} makes no network {name!r}: {_reason(error)}") from error
     state = read_weights(path)
-    if last not in state:
+    # What wraps a network in training puts its own name before all others: DDP `module.`, Lightning often `model.`.
+    before = [held.removesuffix(last) for held in state if f".{held}".endswith(f".{last}")]
+    if not before:
         raise ValueError(f"the weights in {path} do not fit {name}: they hold no {last}")
+    prefix = min(before, key=len)
+    state = {held.removeprefix(prefix): tensor for held, tensor in state.items() if held.startswith(prefix)}
     net = create(len(state[last]))
     try:
         net.load_state_dict(state)

@@ -36,7 +36,8 @@ def read_model(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_weights(path: str, entry: str = "") -> dict[str, Tensor]:
     """State dict from `.safetensors`, or from a PyTorch file of which only tensors are loaded. Raises ValueError.
 
-    `entry` names the one that the PyTorch file keeps the state dict under, if it holds several things.
+    `entry` names the one that the PyTorch file keeps the state dict under. Without, that is the file itself or, of a
+    training's checkpoint, the only entry that is a state dict.
     """
     try:
         with fsspec.open(path, "rb") as file:
@@ -49,13 +50,21 @@ def read_weights(path: str, entry: str = "") -> dict[str, Tensor]:
     try:
         if path.endswith(".safetensors"):
             return safetensors.torch.load(data)
-        held: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        state: dict[str, Tensor] = held[entry] if entry else held
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        held: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if entry:
+            held = held[entry]
+        elif not _is_state(held):
+            (held,) = filter(_is_state, held.values())
+        if not _is_state(held):
             raise TypeError("not a state dict")
     # PyTorch's own message is long, and advises to load the file unsafely.
     except Exception as error:
         raise ValueError(
-            f"the weights in {path} are damaged or no state dict: save net.state_dict() alone, as .safetensors"
+            f"the weights in {path} are damaged or no state dict, or several: save net.state_dict() alone, "
+            "as .safetensors"
         ) from error
-    return state
+    return held
+
+
+def _is_state(held: object) -> bool:
+    return isinstance(held, dict) and bool(held) and all(isinstance(value, Tensor) for value in held.values())

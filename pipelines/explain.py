@@ -133,7 +133,7 @@ def explain_images(run: Run, options: ExplainOptions, units: list[Unit], how: di
     if options.overlays:
         tracking.log_folder(run, "overlays")
     says = f"{statuses.total():,} maps by mode {options.mode}: {says}"
-    return {"says": says, "statuses": dict(statuses), **metrics}
+    return {"says": says, "statuses": dict(statuses), "classes": how["names"], **metrics}
 
 
 def prepare_archive(run: Run, options: ArchiveOptions, model: Run) -> Work:
@@ -141,7 +141,7 @@ def prepare_archive(run: Run, options: ArchiveOptions, model: Run) -> Work:
     options = replace(options, mode=check(options, model.result("classify")))
     found = sources.survey(options.archive, UNIT_ROWS)
     units = [piece | {"part": f"{i:06d}.parquet"} for i, piece in enumerate(found.pieces)]
-    told = {"model": _fingerprint(model)}
+    told = {"explained_by": model.folder, "model": _fingerprint(model)}
     told["listing"] = hashlib.sha256((listing(units, found.version) + told["model"]).encode()).hexdigest()
     other = run.state.get("listing") != told["listing"] and list_parts(run, "explanations")
     if other and not options.again:
@@ -175,6 +175,7 @@ def explain_archive(run: Run, options: ArchiveOptions, units: list[Unit], told: 
     return {
         "says": f"{statuses.total():,} rows by mode {options.mode} in {run.path('explanations')}: {says or 'none'}",
         "statuses": dict(statuses),
+        "classes": how["names"],
         "reasons": dict(reasons.most_common(100)),
         **{f"explain/rows/{name}": float(count) for name, count in statuses.items()},
     }

@@ -90,7 +90,7 @@ class ExplainWorker:
                 targets.append(label)
             else:
                 reason = f"the classifier gives no training image the class {self.names[label]}: no code to walk to"
-                rows.append(self.failed(ids[i], reason, int(p[i].argmax()), label))
+                rows.append(self.failed(ids[i], reason, p[i], label))
         for start in range(0, len(images), at_once):
             chosen = slice(start, start + at_once)
             rows += self._explain(arrays, ids, p, images[chosen], targets[chosen], multiple)
@@ -109,11 +109,12 @@ class ExplainWorker:
         """Rows of images of one split as they are written."""
         return pa.Table.from_pylist([row | {"split": split} for row in rows], SCHEMA)
 
-    def failed(self, name: str, reason: str, source: int | None = None, target: int | None = None,
+    def failed(self, name: str, reason: str, p: Tensor | None = None, target: int | None = None,
                status: str = "failed") -> dict[str, Any]:  # fmt: skip
-        """The row of an image that has no map, and why."""
-        return {"id": name, "source": source, "target": target, "status": status, "error": reason,
-                "mode": self.how["mode"], "size": self.size}  # fmt: skip
+        """The row of an image that has no map, and why; `p` (C,) is what the classifier says of it, if it could."""
+        seen = {} if p is None else {"source": int(p.argmax()), "p_source": float(p.max())}
+        return {"id": name, "target": target, "status": status, "error": reason, "mode": self.how["mode"],
+                "size": self.size} | seen  # fmt: skip
 
     @torch.no_grad()
     def _explain(self, arrays: np.ndarray, ids: list[str], p: Tensor, images: list[int], targets: list[int],
@@ -139,13 +140,13 @@ class ExplainWorker:
                 pairs = list(zip(images, targets, strict=True))[:wanted]
                 return [row for i, t in pairs for row in self._explain(arrays, ids, p, [i], [t])]
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return [self.failed(names[0], reason, int(source[0]), targets[0])]
+            return [self.failed(names[0], reason, p[images[0]], targets[0])]
         found = over_donors(paths, counts)
         distance = self.ways.known.distance_to(codes)
         ends = np.cumsum(counts).tolist()
         return [
-            {"id": names[k], "source": int(source[k]), "target": targets[k], "size": self.size,
-             "mode": self.how["mode"], "counter_ids": donors[k],
+            {"id": names[k], "source": int(source[k]), "p_source": float(p[images[k]].max()), "target": targets[k],
+             "size": self.size, "mode": self.how["mode"], "counter_ids": donors[k],
              "counter_statuses": paths.status[ends[k] - counts[k] : ends[k]], "class_code": codes[k],
              "code_distance": float(distance[k])}
             | self._row(found, k)
@@ -228,7 +229,7 @@ COUNTED = pa.schema({"status": pa.string(), "error": pa.string(), "rows": pa.int
 _MAP = pa.list_(pa.float16())  # size * size; Parquet cannot read lists of fixed size back where some are null
 SCHEMA = pa.schema({
     "id": pa.string(), "split": pa.string(),
-    "source": pa.int32(),  # the classifier's class
+    "source": pa.int32(), "p_source": pa.float32(),  # the classifier's class of the image, and its probability
     "target": pa.int32(), "status": pa.string(), "error": pa.string(),
     "counter_ids": pa.list_(pa.string()), "counter_statuses": pa.list_(pa.string()), "mode": pa.string(),
     "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),

@@ -56,6 +56,8 @@ def test_a_finished_run_explains_an_archive(finished: Path, archive: Path, tmp_p
         np.testing.assert_allclose(row.class_code_x, codes.class_code[row.id], rtol=1e-3, atol=1e-4)
 
     result = state(out)["stages"]["explain"]["result"]
+    assert result["classes"] == ["plain", "spot"] and state(out)["explained_by"] == str(finished)
+    assert rows.p_source[rows.status != "unreadable"].between(0.5, 1).all() and lost.p_source.isna().all()
     assert result["statuses"] == rows.status.value_counts().to_dict() and sum(result["reasons"].values()) == 2
     assert "unreadable 2 (3.9%)" in done.stdout
     client = mlflow.MlflowClient(state(out)["tracking_uri"])

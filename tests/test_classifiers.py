@@ -274,7 +274,8 @@ def test_pickles_are_refused_and_never_run(tmp_path: Path) -> None:
 
 def test_files_that_hold_no_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    contents: list[Any] = [3, [1, 2], torch.zeros(5), {"state_dict": {"fc.weight": torch.zeros(2, 512)}, "epoch": 3}]
+    state = {"fc.weight": torch.zeros(2, 512)}
+    contents: list[Any] = [3, [1, 2], torch.zeros(5), {}, {"epoch": 3}, {"model": state, "average": state}]
     for content in contents:
         torch.save(content, path)
         assert f"{path} are damaged or no state dict" in refusal(f"torchvision:resnet18@{path}")
@@ -284,6 +285,19 @@ def test_files_that_hold_no_state_dict(tmp_path: Path) -> None:
     for damaged in (b"", b"junk" * 100, whole[:1000], whole[: len(whole) // 2], whole[:-10]):
         path.write_bytes(damaged)
         assert f"{path} are damaged or no state dict" in refusal(f"torchvision:resnet18@{path}")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.net.", "_orig_mod.module."])
+def test_checkpoints_of_trainings_are_taken(tmp_path: Path, prefix: str) -> None:
+    state = random_state("resnet18", 2)
+    torch.save(state, tmp_path / "bare.pth")
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    loss = {"loss.weight": torch.zeros(2)} if prefix else {}  # of a module that holds the network and more
+    torch.save({"state_dict": wrapped | loss, "optimizer": optimizer, "epoch": 3}, tmp_path / "training.pth")
+    x = images(3, 32)
+    bare, training = (load(f"torchvision:resnet18@{tmp_path}/{name}.pth") for name in ("bare", "training"))
+    assert torch.equal(bare(x), training(x))
 
 
 def augmented(x: Tensor, seed: int = 0) -> Tensor:

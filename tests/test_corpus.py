@@ -103,7 +103,11 @@ def test_every_file_is_a_row_and_nothing_is_written_elsewhere(tmp_path: Path, ex
         assert len(mine) == pictures and set(mine.status) <= {"flipped", "unflipped", "reconstruction_flipped"}, name
         for heat in mine["map"]:
             assert heat.shape == (SIZE * SIZE,) and np.isfinite(heat.astype(np.float32)).all()
-        assert (mine.code_distance >= 0).all() and all(len(code) == 8 for code in mine.class_code)
+        assert (
+            (mine.code_distance >= 0).all()
+            and mine.p_source.between(0.5, 1).all()
+            and all(len(code) == 8 for code in mine.class_code)
+        )
     for name, (_, reason) in BAD.items():
         (row,) = by_name[name].itertuples()
         assert row.status == "unreadable" and row.map is None and reason in row.error.lower(), (name, row.error)

@@ -90,6 +90,9 @@ def test_predictions_and_codes_are_those_of_the_saved_models(finished: Path) -> 
 
 def test_every_held_out_image_has_one_explanation_with_a_status(finished: Path) -> None:
     rows, found = shards(finished), parts(finished / "explanations")
+    predictions = parts(finished / "predictions").set_index("id").probabilities
+    result = state(finished)["stages"]["explain"]["result"]
+    assert result["classes"] == state(finished)["stages"]["classify"]["result"]["classes"]
     held_out = set(rows.id[rows.split != "train"])
     assert sorted(found.id) == sorted(held_out)
     assert set(found.status) <= {"flipped", "unflipped", "reconstruction_flipped"}
@@ -99,6 +102,8 @@ def test_every_held_out_image_has_one_explanation_with_a_status(finished: Path) 
         assert len(row.counter_ids) == 1 and row.counter_ids[0] in set(rows.id[rows.split == "train"])
         assert row.counter_statuses.tolist() == [row.status]
         assert row.source != row.target
+        said = predictions[row.id]
+        assert row.source == said.argmax() and np.isclose(row.p_source, said.max(), atol=1e-4)
         if row.status == "flipped":
             assert row.p_target_end > 0.5
     overlays = list((finished / "overlays").glob("*.png"))
