@@ -26,7 +26,8 @@ LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draw
          "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1,
          "class_dim": 2, "resnet.batch": 1, "resnet.epochs": 0, "resnet.min_steps": 0, "resnet.lr": 0, "epochs": 0,
          "lr": 0, "disc_lr": 0, "class_lr": 0, "weight_decay": 0, "lr_halvings": 0, "warm_up": 0, "recon_warm_up": 0,
-         "flip": 0, "ema": 0, "dropout": 0, **{field.name: 0 for field in dataclasses.fields(LossWeights)}}  # fmt: skip
+         "flip": 0, "ema": 0, "dropout": 0, "inversion": 0,
+         **{field.name: 0 for field in dataclasses.fields(LossWeights)}}  # fmt: skip
 MOST = {"flip": 1, "ema": 1, "dropout": 1, "smooth": 0.5, "margin": 0.99}
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 

@@ -75,6 +75,9 @@ class ExplainOptions(EmbedOptions):
     then bisection."""
     margin: float = 0.0
     """How far, in probability, the target must be ahead of every other class to end the path."""
+    inversion: int = 8
+    """Steps, at most, that fit the individual code to an image whose reconstruction the classifier gives another class,
+    by its pixels alone, until it gives the right one; 0: none, as in the paper."""
     frames: bool = False
     """Keep the frames of every path as PNG in the Parquet files; `--steps` says how many."""
     overlays: int = 24
@@ -224,7 +227,7 @@ def explainer(model: Run, options: ExplainOptions) -> dict[str, Any]:
 def path_options(options: ExplainOptions) -> dict[str, Any]:
     """What `cae.explain.explain` takes of the options."""
     return {"mode": options.mode, "smooth": options.smooth, "steps": options.steps or None, "margin": options.margin,
-            "window": options.window}  # fmt: skip
+            "window": options.window, "inversion": options.inversion}  # fmt: skip
 
 
 def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
@@ -232,8 +235,8 @@ def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
     return {label: (ids[0], codes[0]) for label, (ids, codes) in read_medoids(run).items()}
 
 
-OWN = ("splits", "targets", "counter", "donors", "path", "mode", "window", "smooth", "steps", "margin", "frames",
-       "overlays")  # fmt: skip
+OWN = ("splits", "targets", "counter", "donors", "path", "mode", "window", "smooth", "steps", "margin", "inversion",
+       "frames", "overlays")  # fmt: skip
 NEEDS = ("shard", "classify", "train", "embed")
 
 

@@ -160,6 +160,7 @@ class ExplainWorker:
             "p_source_start": float(found.p_source[k, 0]), "p_source_end": float(found.p_source[k, 1]),
             "p_target_start": float(found.p_target[k, 0]), "p_target_end": float(found.p_target[k, 1]),
             "reconstruction_error": float(found.reconstruction_error[k]),
+            "inversion_steps": int(found.inversion_steps[k]),
         }  # fmt: skip
         if row["status"] == "failed":
             return row | {"error": "the model or the classifier gave values that are not finite"}
@@ -234,7 +235,7 @@ SCHEMA = pa.schema({
     "counter_ids": pa.list_(pa.string()), "counter_statuses": pa.list_(pa.string()), "mode": pa.string(),
     "flip_at": pa.float32(), "p_source_start": pa.float32(), "p_source_end": pa.float32(),
     "p_target_start": pa.float32(), "p_target_end": pa.float32(), "reconstruction_error": pa.float32(),
-    "class_code": pa.list_(pa.float32()), "code_distance": pa.float32(), "size": pa.int32(),
-    "map": _MAP, "signed": _MAP,
+    "inversion_steps": pa.int32(), "class_code": pa.list_(pa.float32()), "code_distance": pa.float32(),
+    "size": pa.int32(), "map": _MAP, "signed": _MAP,
     "frames": pa.list_(pa.binary()), "frame_p": pa.list_(pa.float32()),
 })  # fmt: skip

@@ -11,6 +11,7 @@ from worlds import (
     BLOBS,
     BROKEN,
     SIDE,
+    THRESHOLD,
     TOY,
     B,
     ToyCAE,
@@ -26,7 +27,7 @@ from worlds import (
 
 import cae.explain
 from cae.classifiers import BlackBox
-from cae.explain import Mode, along, over_donors
+from cae.explain import INVERSION_RATE, Mode, along, over_donors
 from cae.networks import CAE
 
 
@@ -363,6 +364,40 @@ def test_codes_that_are_known_are_not_computed_again() -> None:
     x, source, target, counter = image(-0.2), torch.tensor([0]), torch.tensor([1]), torch.tensor([[0.9, -0.5]])
     found = explain(cast(CAE, Blind()), B, x, source, target, counter, codes=TOY.encode(x))
     assert_same(found, explain(TOY, B, x, source, target, counter), 0, tolerance=0)
+
+
+class Dim(ToyCAE):
+    """Its encoder takes every image for a little darker than it is."""
+
+    SHADE = 0.03
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        class_code, individual_code = super().encode(x)
+        return class_code, individual_code - self.SHADE
+
+
+def test_inversion_finds_codes_by_which_b_sees_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cae.explain, "CPU_PIXELS_AT_ONCE", 3 * 4 * SIDE**2)  # three codes at once
+    dim, above = cast(CAE, Dim()), [0.315, 0.36, 0.305, 0.32, 0.31]
+    x = torch.cat([image(value, seed=k) for k, value in enumerate(above)])
+    source, target, codes = torch.ones(5, dtype=torch.long), torch.zeros(5, dtype=torch.long), torch.full((5, 2), -0.5)
+    plain = explain(dim, B, x, source, target, codes)
+    assert plain.status == ["reconstruction_flipped", "flipped", *["reconstruction_flipped"] * 3]
+    found = explain(dim, B, x, source, target, codes, inversion=8)
+    # Adam's step on an error whose gradient has one sign is its rate: all pixels brighten evenly, up to the image.
+    spread = dim.encode(x)[1].flatten(1).std(1)
+    missing = Dim.SHADE - (torch.tensor(above) - THRESHOLD)
+    steps = (missing / (INVERSION_RATE * spread)).ceil().long().clamp(min=0)
+    assert steps.max() > 8 >= steps[0] > 1 and steps[1] == 0  # one is not to be found in eight
+    steps[steps > 8] = 0
+    assert found.inversion_steps.tolist() == steps.tolist()
+    assert found.status == ["flipped" if k == 1 or n else "reconstruction_flipped" for k, n in enumerate(steps)]
+    brighter = (found.frames[:, 0] - plain.frames[:, 0]).mean((1, 2, 3))
+    assert torch.allclose(brighter, INVERSION_RATE * spread * steps, atol=1e-4)
+    for k in range(5):
+        one = slice(k, k + 1)
+        alone = explain(dim, B, x[one], source[one], target[one], codes[one], inversion=8)
+        assert_same(alone, found, k)
 
 
 def test_several_donors_make_one_explanation() -> None:

@@ -15,8 +15,8 @@ from cae.config import ModelConfig
 from cae.explain import Explanation
 from cae.networks import CAE
 
-# The paper's map unless a test says otherwise.
-explain = partial(cae.explain.explain, mode="path", smooth=0.0)
+# The paper's codes and map unless a test says otherwise.
+explain = partial(cae.explain.explain, mode="path", smooth=0.0, inversion=0)
 
 # A world whose truth is known. An image is a texture with two blobs, and its class code says how bright they are; b
 # looks at nothing but the blobs' means. Class 0: neither is bright, 1: the first is, 2: the second is.
@@ -102,6 +102,7 @@ def crooked_world() -> tuple[CAE, BlackBox, Tensor, Tensor]:
 def assert_same(alone: Explanation, together: Explanation, k: int, tolerance: float = 1e-5) -> None:
     """Image 0 of `alone` is image k of `together`."""
     assert alone.status[0] == together.status[k]
-    for name in ("map", "signed", "flip_at", "p_source", "p_target", "reconstruction_error", "frames", "frame_p"):
+    for name in ("map", "signed", "flip_at", "p_source", "p_target", "reconstruction_error", "inversion_steps",
+                 "frames", "frame_p"):  # fmt: skip
         one, other = getattr(alone, name)[0], getattr(together, name)[k]
         assert torch.allclose(one, other, atol=tolerance, equal_nan=True), name
