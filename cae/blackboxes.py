@@ -236,15 +236,19 @@ def _from_library(spec: str, card: Card, built_in: Mapping[str, Create]) -> tupl
 
     try:
         with torch.device("meta"):
-            last = list(create(2).state_dict())[-1]  # of the head: one row an output
+            names = list(create(2).state_dict())
+            last = names[-1]  # of the head: one row an output
     except Exception as error:
         raise ValueError(f"{library} makes no network {name!r}: {_reason(error)}") from error
     state = read_weights(path)
     # What wraps a network in training puts its own name before all others: DDP `module.`, Lightning often `model.`.
+    needed = {held for held in names if not held.endswith("num_batches_tracked")}
     before = [held.removesuffix(last) for held in state if f".{held}".endswith(f".{last}")]
-    if not before:
-        raise ValueError(f"the weights in {path} do not fit {name}: they hold no {last}")
-    prefix = min(before, key=len)
+    before = [prefix for prefix in before if {prefix + held for held in needed} <= set(state)] or before
+    if len(before) != 1:
+        several = f"there are several networks in it ({', '.join(before)})" if before else f"they hold no {last}"
+        raise ValueError(f"the weights in {path} do not fit {name}: {several}")
+    (prefix,) = before
     state = {held.removeprefix(prefix): tensor for held, tensor in state.items() if held.startswith(prefix)}
     net = create(len(state[last]))
     try:

@@ -6,6 +6,7 @@ batched; all tensors stay on the images' device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,7 +24,7 @@ Mode = Literal["integrated", "evidence", "patch", "path", "contrast", "input"]
 # `integrated` gains nothing from it (benchmarks/README.md), and `patch` looks at the path's two ends only.
 SEARCH = (8, 4)
 SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "evidence": (1, 0), "patch": (1, 0)}
-INVERSION_RATE = 0.05  # Adam's, in standard deviations of the individual code
+INVERSION_RATE = 0.05  # root mean square of a step, in standard deviations of the individual code
 WITHOUT_TEXTURE = 0.0375  # sigma, as a share of the side, of the blur that takes the texture out of images
 GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
@@ -56,6 +57,8 @@ class Explanation:
     inversion_steps: Tensor
     """(B,) steps that it took to find an individual code by which b sees the image's class in the reconstruction; 0
     where the encoder's own does, or none was found."""
+    individual_code: Tensor
+    """(B, ...) the code that all frames were made with."""
     frames: Tensor
     """(B, K + 1, 3, H, W): evenly along the path, the reconstruction first; from the end of the path on, the end."""
     frame_p: Tensor
@@ -100,7 +103,7 @@ def choose_mode(mode: Mode | Literal["auto"], differentiable: bool) -> Mode:
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor, *,
             mode: Mode | Literal["auto"] = "auto", smooth: float = 0.05, steps: int | None = None,
-            refine: int | None = None, margin: float = 0.0, window: float = 0.125, inversion: int = 8,
+            refine: int | None = None, margin: float = 0.0, window: float = 0.125, inversion: int = 0,
             codes: tuple[Tensor, Tensor] | None = None) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards counter codes of class `target` (B,).
 
@@ -124,7 +127,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     - `input`: that of |end - x|, which mixes in the reconstruction's error (what the authors' script does).
 
     Where b sees another class in the reconstruction, the individual code is fitted to the image, in `inversion` steps
-    at most, until it does not; see `_invert`. 0: as in the paper.
+    at most, until it does not; see `_invert`. 0, as in the paper: never.
     `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none. The
     part of `evidence` that is a mean over windows gets half of it.
     `window`, in (0, 1], is the side of the windows of `evidence` and `patch` as a share of the image's shorter side.
@@ -157,21 +160,13 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
 
     # Step by step, only those that have not flipped yet. A reconstruction that flips by itself is a status, not an end.
     frame, p = look(rows, torch.zeros(batch, device=x.device))
-    inversion_steps = torch.zeros_like(source)
-    astray = rows[p.argmax(1) != source] if inversion else rows[:0]
-    if len(astray):
-        fitted, inversion_steps[astray] = _invert(
-            cae,
-            blackbox,
-            x[astray],
-            source[astray],
-            class_code[astray],
-            individual_code[astray],
-            inversion,
-            max(1, at_once // 4),
-        )
-        individual_code = individual_code.index_copy(0, astray, fitted)
-        frame[astray], p[astray] = look(astray, torch.zeros(len(astray), device=x.device))
+    inversion_steps, individual_code = torch.zeros_like(source), individual_code.clone()
+    astray = rows[p.argmax(1) != source]
+    if inversion and len(astray):
+        of = x[astray], source[astray], class_code[astray], individual_code[astray]
+        for k, step, code, reconstruction, said in _invert(cae, blackbox, *of, steps=inversion):
+            i = astray[k]
+            inversion_steps[i], individual_code[i], frame[i], p[i] = step, code, reconstruction, said
     frames, probabilities = [frame], [p]
     first = torch.full((batch,), steps, device=x.device)  # the path's last step
     ever = torch.zeros(batch, dtype=torch.bool, device=x.device)
@@ -240,8 +235,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         status=status, map=heat, signed=signed, flip_at=flip_at,
         p_source=torch.stack([p_walked[rows, 0, source], p_end[rows, source]], 1),
         p_target=torch.stack([p_target[:, 0], p_target[:, -1]], 1),
-        reconstruction_error=(walked[:, 0] - x).abs().mean((1, 2, 3)), inversion_steps=inversion_steps, frames=walked,
-        frame_p=p_target,
+        reconstruction_error=(walked[:, 0] - x).abs().mean((1, 2, 3)), inversion_steps=inversion_steps,
+        individual_code=individual_code, frames=walked, frame_p=p_target,
     )  # fmt: skip
 
 
@@ -272,37 +267,42 @@ def over_donors(found: Explanation, counts: list[int]) -> Explanation:
         status=status, map=mean(found.map), signed=mean(found.signed), flip_at=mean(found.flip_at),
         p_source=mean(found.p_source), p_target=mean(found.p_target),
         reconstruction_error=mean(found.reconstruction_error), inversion_steps=found.inversion_steps[first],
-        frames=found.frames[first], frame_p=found.frame_p[first],
+        individual_code=found.individual_code[first], frames=found.frames[first], frame_p=found.frame_p[first],
     )  # fmt: skip
 
 
 def _invert(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, class_code: Tensor, individual_code: Tensor,
-            steps: int, at_once: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Individual codes by which b sees images x as it should, and the steps (B,) to each: 0 and unchanged if none was.
+            steps: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Each image x (B, 3, H, W) of which b sees its class `source` (B,) once its individual code is fitted to it: its
+    index, the steps that took, the code, the reconstruction, and b's probabilities of that.
 
     Encoders give codes for the typical image; where b wavers, what they miss decides. So from there on the code
-    descends the error of the reconstruction (Eq. 1) alone, by Adam, until b gives the reconstruction its class `source`
-    (B,): inversion by encoder and optimisation (Zhu et al. 2016). b's gradient has no part in it, or the code would
-    learn to deceive b. An image's code does not depend on the others.
+    descends the error of the reconstruction (Eq. 1) alone, until b gives the reconstruction its class twice in a row:
+    inversion by encoder and optimisation (Zhu et al. 2016). b's gradient has no part in it, or the code would learn to
+    deceive b. Steps with momentum, of equal length in standard deviations of the image's code; no image depends on the
+    others.
     """
-    found, taken = individual_code.clone(), torch.zeros_like(source)
-    for rows in torch.arange(len(x), device=x.device).split(at_once):
+    for rows in torch.arange(len(x), device=x.device).split(max(1, images_at_once(x, blackbox) // 16)):
         begin, about = individual_code[rows], class_code[rows]
-        scale = begin.flatten(1).std(1)[:, None, None, None]
-        change = torch.zeros_like(begin, requires_grad=True)
-        optimizer = torch.optim.Adam([change], INVERSION_RATE)
+        pace = INVERSION_RATE * begin.flatten(1).std(1)[:, None, None, None]
+        way = torch.zeros_like(begin)
+        code, before, found = begin, torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows, dtype=torch.bool)
         for step in range(1, steps + 1):
             with torch.enable_grad():
-                reconstruction = cae.decode(about, begin + scale * change)
-                (change.grad,) = torch.autograd.grad((reconstruction - x[rows]).abs().mean((1, 2, 3)).sum(), change)
-            optimizer.step()
-            code = begin + scale * change
-            hit = blackbox.probabilities(cae.decode(about, code)).argmax(1) == source[rows]
-            new = hit & (taken[rows] == 0)
-            found[rows[new]], taken[rows[new]] = code[new], step
-            if taken[rows].all():
+                code = code.detach().requires_grad_()
+                error = (cae.decode(about, code) - x[rows]).abs().mean((1, 2, 3)).sum()
+                (gradient,) = torch.autograd.grad(error, code)
+            # Not Adam: it makes as much of gradients that are mere rounding, so batches of other sizes go other ways.
+            way = torch.lerp(gradient, way, 0.9)
+            code = code.detach() - pace * way / way.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=TINY)
+            frame = cae.decode(about, code)
+            p = blackbox.probabilities(frame)
+            right = p.argmax(1) == source[rows]
+            for k in (right & before & ~found).nonzero()[:, 0].tolist():
+                yield int(rows[k]), step, code[k], frame[k], p[k]
+            found, before = found | (right & before), right
+            if found.all():
                 break
-    return found, taken
 
 
 def _integrated(blackbox: BlackBox, way: Tensor, first: Tensor, source: Tensor, target: Tensor,

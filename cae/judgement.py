@@ -85,7 +85,7 @@ def _walk(cae: CAE, blackbox: BlackBox, x: Tensor, target: Tensor, donors: Tenso
           oracle: BlackBox | None) -> dict[str, Tensor]:  # fmt: skip
     """From the reconstruction of each of a few images to its swap: images, and what is measured for each image."""
     source = blackbox.probabilities(x).argmax(1)
-    path = explain(cae, blackbox, x, source, target, cae.encode(donors)[0], steps=1, refine=0, inversion=0)
+    path = explain(cae, blackbox, x, source, target, cae.encode(donors)[0], mode="auto", steps=1, refine=0)
     reconstruction, swap = path.frames[:, 0], path.frames[:, -1]
     p_swap = blackbox.probabilities(swap)
     fine, keeps = (

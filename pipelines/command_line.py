@@ -54,6 +54,8 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     for name, group in dataclasses.asdict(PRESETS["paper"]).items():
         if name in stored:
             stored[name] = group | stored[name]
+    if "mode" in stored:
+        stored = {"inversion": 0} | stored
     if (
         stored and given and given != stored.get("preset")
     ):  # another one than the folder's brings its own sizes and rates

@@ -112,7 +112,8 @@ def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, A
                   "modes": tables.modes_table(maps, told),
                   "new_codes": tables.new_code_table(rows, names)}  # fmt: skip
         if plan.timed:
-            timed = {name: how for name, how in common["modes"].items() if name != UNSMOOTHED}  # costs what CAE does
+            # Not smoothed costs what the CAE does; and how many of a few images are inverted is chance.
+            timed = {name: how | {"inversion": 0} for name, how in common["modes"].items() if name != UNSMOOTHED}
             bulk(run, options, "evaluate", [plan.timed], TimeWorker, "evaluation/times", **common | {"modes": timed})
             found["time_per_map"] = tables.time_table(_times(run))
     for name, table in found.items():
@@ -142,8 +143,8 @@ def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
             modes[UNSMOOTHED] = replace(options, smooth=0)
         for mode in get_args(Mode):
             if mode != options.mode:  # the paper's, and what is compared with it, to the letter
-                smooth = options.smooth if mode in SEARCH_STRAIGHT else 0
-                modes[f"CAE {mode}"] = replace(options, mode=mode, steps=0, smooth=smooth)
+                how = options if mode in SEARCH_STRAIGHT else replace(options, smooth=0, inversion=0)
+                modes[f"CAE {mode}"] = replace(how, mode=mode, steps=0)
     return {name: path_options(how) for name, how in modes.items()}
 
 

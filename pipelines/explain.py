@@ -120,23 +120,25 @@ def explain_images(run: Run, options: ExplainOptions, units: list[Unit], how: di
     held = run.result("shard")["counts"]
     _share_overlays(units, options.overlays)
     bulk(run, options, "explain", units, ExplainWorker, "explanations", **how)
-    counts = Counter[tuple[str, str]]()
+    counts, inverted = Counter[tuple[str, str]](), 0
     for part in list_parts(run, "explanations"):  # one after the other: an archive may have many millions of rows
-        told = read_part(run, f"explanations/{part}", ["split", "status"])
+        told = read_part(run, f"explanations/{part}", ["split", "status", "inversion_steps"])
         counts.update(zip(told["split"].to_pylist(), told["status"].to_pylist(), strict=True))
+        inverted += sum(steps is not None and steps > 0 for steps in told["inversion_steps"].to_pylist())
     totals, statuses = Counter[str](), Counter[str]()
     for (split, status), count in counts.items():
         totals[split] += count
         statuses[status] += count
     metrics = {f"explain/{split}/flipped": counts[split, "flipped"] / total for split, total in totals.items()}
     says = ", ".join(f"{name} {count:,} ({count / statuses.total():.1%})" for name, count in statuses.most_common())
+    says += f"; {inverted:,} of them after inversion" if inverted else ""
     left_out = ", ".join(f"{count:,} of {name}" for name, count in held.items() if name not in options.splits)
     if left_out:
         says += f"; not explained: {left_out} (see --splits)"
     if options.overlays:
         tracking.log_folder(run, "overlays")
     says = f"{statuses.total():,} maps by mode {options.mode}: {says}"
-    return {"says": says, "statuses": dict(statuses), "classes": how["names"], **metrics}
+    return {"says": says, "statuses": dict(statuses), "inverted": inverted, "classes": how["names"], **metrics}
 
 
 def prepare_archive(run: Run, options: ArchiveOptions, model: Run) -> Work:

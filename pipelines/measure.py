@@ -272,7 +272,7 @@ class MeasureWorker:
             self._counterfactual("reconstruction", of, chosen, chosen.reconstruction, chosen.source)
             first = waypoints[np.cumsum([0, *counts])[judged]]  # of several counter codes of an image
             end = explain(self.cae, self.blackbox, chosen.x, chosen.source, target[judged], first, **self.own)
-            way = walk(self.cae, self.blackbox, chosen.code, first, chosen.individual, target[judged])[1]
+            way = walk(self.cae, self.blackbox, chosen.code, first, end.individual_code, target[judged])[1]
             self._counterfactual("explanation", of, chosen, end.frames[:, -1], target[judged], way)
         swapped = [k for k in judged if tasks[k]["donor"] is not None]
         if swapped:

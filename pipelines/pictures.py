@@ -212,7 +212,7 @@ def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, ima
     if not walks:
         return {}
     images, x, source, target = images[walks], x[walks], ranked[walks, 0], torch.tensor(aims)[walks]
-    code, individual = cae.encode(x)
+    code, _ = cae.encode(x)
     ends, waypoints = ways.find(ids[walks].tolist(), code.numpy(), target.tolist())
     way = torch.from_numpy(waypoints[np.cumsum([0, *map(len, ends)])[:-1]])  # of several counter codes the first
     found = explain(cae, blackbox, x, source, target, way, **path_options(options))
@@ -220,7 +220,7 @@ def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, ima
         f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" and not at.isnan() else "")
         for a, b, s, at in zip(source, target, found.status, found.flip_at, strict=True)
     ]
-    frames, p = walk(cae, blackbox, code, way, individual, target)
+    frames, p = walk(cae, blackbox, code, way, found.individual_code, target)
     strips = [to_array(strip) for strip in frames]
     return {
         "paths": (

@@ -57,7 +57,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         tracking.log_figure(figure, f"figures/{name}.png")
 
     shard, classified = run.result("shard"), run.result("classify")
-    statuses = run.result("explain")["statuses"]
+    statuses, inverted = run.result("explain")["statuses"], run.result("explain").get("inverted", 0)
     total = sum(statuses.values())
     swaps = found["swap_success"].query("direction == 'all'")
     accuracy = {k: v for k, v in classified.items() if k.endswith("balanced_accuracy")}
@@ -105,7 +105,9 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         Section(
             "Explanations",
             "From the reconstruction, the class code walks towards that of the target class until the classifier "
-            f"changes its mind. The map (mode {options.mode}) {MAP_SHOWS[options.mode]}.",
+            f"changes its mind. The map (mode {options.mode}) {MAP_SHOWS[options.mode]}. Where the classifier saw "
+            f"another class in the reconstruction, the individual code was fitted to the image: {inverted:,} of the "
+            "maps are of such codes. (The swaps above are all of the networks' own codes.)",
             shown("paths", "maps"),
             [("Status of every map", ["status", "maps", "share", "meaning"], counted)],
         ),

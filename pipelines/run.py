@@ -186,6 +186,12 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
         print(f"{name:9} already done in {run.folder}", flush=True)
         return run.state["stages"][name]["result"]
     refuse_unfinished(run, options, needs)
+    held = run.state["stages"].get(name, {}).get("options")
+    if held and set(held) != {"seed", *own} and run.bound(name) and not options.again:
+        raise UserError(
+            f"the stage {name} of {run.folder} was begun by another version of this project, whose rows have other "
+            f"columns: finish it with that version, or do it anew (pipelines/{name}.py --again)"
+        )
     work = prepare(run, options)
     run.save()  # fails here, before anything is dropped, where it cannot be written
     experiment = tracking.open_experiment(run, options)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from cae import classifiers, training
 from cae.images import Fit, to_tensor
@@ -45,15 +46,16 @@ class TimeWorker:
             code, individual = self.cae.encode(x)
         question = x, self.blackbox.probabilities(x).argmax(1), target, *waypoints_of(self.ways, ids, code, target)
 
-        def gradient() -> torch.Tensor:
-            point = x.clone().requires_grad_()
-            return torch.autograd.grad(self.blackbox(point).sum(), point)[0]
+        def gradient(f: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+            point = point.detach().requires_grad_()
+            return torch.autograd.grad(f(point).sum(), point)[0]
 
         work: dict[tuple[str, str], Callable[[], Any]] = {
             ("part", "encode an image"): torch.no_grad()(lambda: self.cae.encode(x)),
             ("part", "decode a frame"): torch.no_grad()(lambda: self.cae.decode(code, individual)),
             ("part", "classify a frame"): lambda: self.blackbox.probabilities(x),
-            ("part", "gradient of the classifier"): gradient,
+            ("part", "gradient of the classifier"): partial(gradient, self.blackbox, x),
+            ("part", "gradient of the decoder"): partial(gradient, partial(self.cae.decode, code), individual),
         }
         work |= {("method", name): partial(method, *question) for name, method in self.methods.items()}
         best: dict[tuple[str, str], float] = {}

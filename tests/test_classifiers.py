@@ -300,6 +300,15 @@ def test_checkpoints_of_trainings_are_taken(tmp_path: Path, prefix: str) -> None
     assert torch.equal(bare(x), training(x))
 
 
+def test_checkpoints_of_two_networks_are_refused_and_of_one_among_parts_taken(tmp_path: Path) -> None:
+    state, path = random_state("resnet18", 2), tmp_path / "two.pth"
+    two = {f"{prefix}.{name}": tensor for prefix in ("student", "teacher") for name, tensor in state.items()}
+    torch.save(two, path)
+    assert "several networks in it (student., teacher.)" in refusal(f"torchvision:resnet18@{path}")
+    torch.save({"aux.fc.bias": torch.zeros(3)} | {f"model.net.{name}": t for name, t in state.items()}, path)
+    assert load(f"torchvision:resnet18@{path}").classes == ("0", "1")
+
+
 def augmented(x: Tensor, seed: int = 0) -> Tensor:
     return augment(x, torch.Generator().manual_seed(seed))
 

@@ -376,28 +376,48 @@ class Dim(ToyCAE):
         return class_code, individual_code - self.SHADE
 
 
-def test_inversion_finds_codes_by_which_b_sees_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cae.explain, "CPU_PIXELS_AT_ONCE", 3 * 4 * SIDE**2)  # three codes at once
+def test_inversion_finds_codes_by_which_b_sees_the_image() -> None:
     dim, above = cast(CAE, Dim()), [0.315, 0.36, 0.305, 0.32, 0.31]
     x = torch.cat([image(value, seed=k) for k, value in enumerate(above)])
     source, target, codes = torch.ones(5, dtype=torch.long), torch.zeros(5, dtype=torch.long), torch.full((5, 2), -0.5)
     plain = explain(dim, B, x, source, target, codes)
     assert plain.status == ["reconstruction_flipped", "flipped", *["reconstruction_flipped"] * 3]
     found = explain(dim, B, x, source, target, codes, inversion=8)
-    # Adam's step on an error whose gradient has one sign is its rate: all pixels brighten evenly, up to the image.
+    # All pixels brighten evenly, a step of the spread of the codes at a time; and one more step, to see it twice.
     spread = dim.encode(x)[1].flatten(1).std(1)
     missing = Dim.SHADE - (torch.tensor(above) - THRESHOLD)
-    steps = (missing / (INVERSION_RATE * spread)).ceil().long().clamp(min=0)
-    assert steps.max() > 8 >= steps[0] > 1 and steps[1] == 0  # one is not to be found in eight
-    steps[steps > 8] = 0
+    steps = (missing / (INVERSION_RATE * spread)).ceil().long() + 1
+    assert steps.max() > 8 >= steps[0] > 2 and missing[1] < 0  # one is not to be found in eight
+    steps[1], steps[steps > 8] = 0, 0
     assert found.inversion_steps.tolist() == steps.tolist()
     assert found.status == ["flipped" if k == 1 or n else "reconstruction_flipped" for k, n in enumerate(steps)]
     brighter = (found.frames[:, 0] - plain.frames[:, 0]).mean((1, 2, 3))
     assert torch.allclose(brighter, INVERSION_RATE * spread * steps, atol=1e-4)
-    for k in range(5):
+    again = torch.cat([dim.decode(dim.encode(x[k : k + 1])[0], found.individual_code[k : k + 1]) for k in range(5)])
+    assert torch.equal(again, found.frames[:, 0])  # the code is the one that the frames are of
+
+
+@pytest.mark.parametrize("mode", ["integrated", "patch"])
+def test_inversion_treats_every_image_alone(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cae.explain, "CPU_PIXELS_AT_ONCE", 16 * 3 * 32**2)  # three codes at once
+    network, blackbox, x, codes = crooked_world()
+    x = x * 0.3 + torch.stack([network(image[None])[0] for image in x]).detach() * 0.7  # something it can give back
+    source = blackbox.probabilities(x).argmax(1)
+    target = (source + 1) % 4
+    together = explain(network, blackbox, x, source, target, codes, mode=mode, inversion=20)
+    plain = explain(network, blackbox, x, source, target, codes, mode=mode)
+    fitted = together.inversion_steps > 0
+    assert fitted.sum() > 2 and not fitted.all()
+    for k in range(len(x)):
         one = slice(k, k + 1)
-        alone = explain(dim, B, x[one], source[one], target[one], codes[one], inversion=8)
-        assert_same(alone, found, k)
+        alone = explain(network, blackbox, x[one], source[one], target[one], codes[one], mode=mode, inversion=20)
+        assert_same(alone, together, k)
+        if fitted[k]:
+            assert plain.status[k] == "reconstruction_flipped" != together.status[k]
+            assert together.p_source[k, 0] > plain.p_source[k, 0]
+        else:
+            assert_same(alone, plain, k)
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_several_donors_make_one_explanation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cae.config import PRESETS
-from pipelines import embed, tracking, train, tune
+from pipelines import embed, explain, tracking, train, tune
 from pipelines import run as runs
 from pipelines.bulk import write_table
 from pipelines.cluster import _unless_set, pace
+from pipelines.command_line import parse
 from pipelines.embed import EmbedOptions
+from pipelines.explain import ExplainOptions
 from pipelines.mistakes import UserError
 from pipelines.run import Run
 from pipelines.tune import TuneOptions
@@ -86,6 +89,24 @@ def test_what_another_classifier_said_to_a_killed_call_is_dropped(tmp_path: Path
 @pytest.mark.parametrize(("rate", "read"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.0941, "5.6/min")])
 def test_slow_rates_are_told_by_the_minute(rate: float, read: str) -> None:
     assert pace(rate) == read
+
+
+def test_half_a_stage_of_another_version_is_kept_and_neither_dropped_nor_gone_on_with(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    options = parse(ExplainOptions, ["--dataset", "synthetic", "--run", run.folder])
+    table = dataclasses.asdict(options)
+    begun = {field: table[field] for field in ("seed", *explain.OWN) if field != "inversion"}
+    run.state |= {"options": {name: value for name, value in table.items() if name != "inversion"},
+                  "stages": {"explain": {"options": begun}}}  # fmt: skip
+    write_table(run, "explanations/a.parquet", pa.table({"id": ["x"]}))
+    run.save()
+    options = parse(ExplainOptions, ["--run", run.folder])
+    assert options.inversion == 0  # as it was then
+    with pytest.raises(UserError, match=r"stage explain of .* was begun by another version"):
+        runs.run_stage("explain", options, lambda *_: pytest.fail("begun"), explain.OWN)
+    assert (tmp_path / "explanations/a.parquet").exists()
+    assert parse(ExplainOptions, ["--run", run.folder, "--inversion", "8"]).inversion == 8
+    assert parse(ExplainOptions, ["--dataset", "synthetic", "--run", f"{tmp_path}/new"]).inversion == 8
 
 
 @pytest.mark.parametrize("gone", ["nothing", "stage", "whole", "store"])

@@ -211,7 +211,7 @@ def test_the_networks_see_few_sizes_of_batches(finished: Path, donors: str, mode
     run, given = Run(str(finished)), options(finished, "--counter", "random", "--donors", donors, "--mode", mode)
     worker = ExplainWorker(run, spec=str(finished / "classifier"), names=("plain", "spot"), cae=str(finished / "cae"),
                            size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=False,
-                           how=path_options(given) | {"steps": 1, "refine": 0})  # fmt: skip
+                           how=path_options(given) | {"steps": 1, "refine": 0, "inversion": 0})  # fmt: skip
     asked, encoded = sizes_seen(worker.blackbox), sizes_seen(worker.cae.class_encoder)
     arrays = np.random.default_rng(0).integers(256, size=(32, 32, 32, 3), dtype=np.uint8)
     whole = worker.explain([str(i) for i in range(32)], arrays)

@@ -15,8 +15,8 @@ from cae.config import ModelConfig
 from cae.explain import Explanation
 from cae.networks import CAE
 
-# The paper's codes and map unless a test says otherwise.
-explain = partial(cae.explain.explain, mode="path", smooth=0.0, inversion=0)
+# The paper's map unless a test says otherwise.
+explain = partial(cae.explain.explain, mode="path", smooth=0.0)
 
 # A world whose truth is known. An image is a texture with two blobs, and its class code says how bright they are; b
 # looks at nothing but the blobs' means. Class 0: neither is bright, 1: the first is, 2: the second is.
