@@ -282,6 +282,7 @@ def _invert(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, class_code:
     deceive b. Steps with momentum, of equal length in standard deviations of the image's code; no image depends on the
     others.
     """
+    # Few at once: a gradient keeps all that the decoder computed, and those found early wait for the others.
     for rows in torch.arange(len(x), device=x.device).split(max(1, images_at_once(x, blackbox) // 16)):
         begin, about = individual_code[rows], class_code[rows]
         pace = INVERSION_RATE * begin.flatten(1).std(1)[:, None, None, None]
@@ -298,9 +299,10 @@ def _invert(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, class_code:
             frame = cae.decode(about, code)
             p = blackbox.probabilities(frame)
             right = p.argmax(1) == source[rows]
-            for k in (right & before & ~found).nonzero()[:, 0].tolist():
+            new = right & before & ~found
+            for k in new.nonzero()[:, 0].tolist():
                 yield int(rows[k]), step, code[k], frame[k], p[k]
-            found, before = found | (right & before), right
+            found, before = found | new, right
             if found.all():
                 break
 
