@@ -5,6 +5,7 @@ Legend: H height, W width.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +14,31 @@ import numpy as np
 
 MAX_LEVELS = 1 << 20  # grey values that are looked up in a table rather than computed pixel by pixel
 DEFLATED = b"1.2.840.10008.1.2.1.99"
+NOBODY = {"", "0", "none", "na", "n/a", "unknown", "patient", "removed", "anon", "anonym", "anonymous", "anonymized",
+          "anonymised", "deidentified", "de-identified"}  # fmt: skip
+"""What stands for the Patient ID of files that it was taken out of: no patient of whom all those images are."""
 
 
 def is_dicom(data: bytes) -> bool:
     """Whether bytes are DICOM: with its mark, or, as older files, beginning with one of the first data elements."""
     return data[128:132] == b"DICM" or data[:4] in (b"\x02\x00\x00\x00", b"\x08\x00\x00\x00", b"\x08\x00\x05\x00")
+
+
+def patient(data: bytes) -> str | None:
+    """Whose images a file holds: a hash of its Patient ID (PS3.3 C.7.1.1), so that shards do not name people.
+
+    None for what is no DICOM, or damaged, or names nobody.
+    """
+    if not is_dicom(data) or DEFLATED in data[: 1 << 20]:
+        return None
+    import pydicom
+
+    try:
+        file = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=["PatientID"])
+        name = str(file.get("PatientID", "")).strip()
+    except Exception:  # whatever pydicom stumbles over, `frames` has the reason
+        return None
+    return None if name.lower() in NOBODY else hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def frames(data: bytes, max_pixels: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cae import classifiers, data, images, sources, synthetic
+from cae import classifiers, data, dicom, images, sources, synthetic
 from cae.blackboxes import resolve
 from cae.config import PRESETS
 from cae.data import Item
@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
         "width": pa.int32(),
         "label": pa.int32(),  # index of class_name, null when unknown
         "class_name": pa.string(),
-        "group": pa.string(),  # patient, where a manifest names one
+        "group": pa.string(),  # patient, where a manifest or the file names one
         "source": pa.string(),
         "grey": pa.bool_(),  # whether the three channels are equal
         "mask": pa.binary(),  # PNG of the truth, where it is known
@@ -192,8 +192,9 @@ class ShardWorker:
             del held[split]
 
         for item, content, mask, problem in self._read(unit):
+            group = dicom.patient(content) if item.group is None else item.group
             # Exact duplicates go to the same split when nothing else ties them together.
-            tied = item if item.group is not None else replace(item, group=hashlib.sha256(content).hexdigest()[:16])
+            tied = replace(item, group=hashlib.sha256(content).hexdigest()[:16] if group is None else group)
             split = data.split_of(tied, self.present, self.label_free)
             source = data.text(item.path)
             for name, picture, reason in sources.frames(item, content, problem):
@@ -207,7 +208,7 @@ class ShardWorker:
                 good.setdefault(split, []).append({
                     "id": name, "image": image, "height": picture.height, "width": picture.width,
                     "label": None if item.label is None else self.names.index(item.label), "class_name": item.label,
-                    "group": item.group, "source": source, "grey": grey, "mask": mask,
+                    "group": group, "source": source, "grey": grey, "mask": mask,
                 })  # fmt: skip
                 held[split] += len(image)
                 if len(good[split]) == UNIT_ROWS or held[split] > SHARD_BYTES:

@@ -13,7 +13,8 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit
 
-from cae.images import UnreadableImage, decode, load, load_all
+from cae.dicom import patient
+from cae.images import UnreadableImage, decode, encode_png, load, load_all
 
 HEIGHT, WIDTH = 24, 40
 # Computed tomography: air to bone, with a step in between.
@@ -206,3 +207,25 @@ def test_dicom_that_is_no_picture() -> None:
     for cut in range(start + 4, len(whole), 97):
         refusal(whole[:cut])
     assert refusal(dicom(VALUES, syntax=ImplicitVRLittleEndian)[:-200])
+
+
+def test_files_of_one_patient_are_tied_by_a_word_that_does_not_name_them() -> None:
+    ann, again = (patient(dicom(values, PatientID="Ann 17")) for values in (VALUES, VALUES // 2))
+    old = patient(dicom(VALUES, preamble=False, SpecificCharacterSet="ISO_IR 100", PatientID="Ann 17"))
+    bob = patient(dicom(VALUES, PatientID="Bob"))
+    assert ann == again == old is not None and bob not in (None, ann)
+    assert "ann" not in ann.lower() and ann != "17"
+
+
+@pytest.mark.parametrize("name", ["", " ", "0", "ANONYMOUS", "Anonymized"])
+def test_what_stands_for_a_name_that_was_taken_out_ties_no_files(name: str) -> None:
+    assert patient(dicom(VALUES, PatientID=name)) is None
+
+
+def test_other_files_and_damaged_ones_have_no_patient() -> None:
+    scan = dicom(VALUES, PatientID="Ann")
+    assert patient(dicom(VALUES)) is None
+    for data in (b"", b"no picture", encode_png(stretched(VALUES)), scan[:140], scan[:132] + b"\xff" * 300,
+                 dicom(VALUES, syntax=DeflatedExplicitVRLittleEndian, PatientID="Ann")):  # fmt: skip
+        assert patient(data) is None
+    assert patient(scan[:-100]) == patient(scan) is not None  # pixels that are cut short are another matter

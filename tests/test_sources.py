@@ -20,11 +20,12 @@ import pandas as pd
 import pytest
 from conftest import command, state
 from PIL import Image
+from test_dicom import VALUES, dicom
 
 from cae.archives import MAX_BYTES
 from cae.data import Item
 from cae.images import decode, encode_png
-from cae.sources import read, survey
+from cae.sources import Survey, read, survey
 from pipelines.run import Run
 from pipelines.shard import ShardWorker
 
@@ -367,6 +368,30 @@ def test_shards_are_the_same_from_every_source(tmp_path: Path, kind: str) -> Non
     assert [(row["id"].split("#")[0].removeprefix(prefix), row["reason"]) for row in rejected] == [
         ("train/cat/notes.txt", "no known image format")
     ]
+
+
+def test_a_patient_that_dicom_files_name_is_in_one_split(tmp_path: Path) -> None:
+    """As in a manifest, which goes first."""
+    source = tmp_path / "scans"
+    for label in ("ill", "well"):
+        (source / label).mkdir(parents=True)
+        for i in range(24):
+            scan = dicom(VALUES + i, PatientID=f"{label} {i // 4}")
+            (source / label / f"{i}.dcm").write_bytes(scan)
+    (source / "well" / "plain.png").write_bytes(encode_png(picture(1)))
+    found = survey(str(source), 100)
+
+    def sharded(folder: str, survey: Survey) -> pd.DataFrame:
+        worker = ShardWorker(Run(str(tmp_path / folder)), names=found.labels, present=found.splits)
+        assert worker(survey.pieces[0] | {"part": "0.parquet"}).num_rows == 0
+        return shards(tmp_path / folder)
+
+    rows = sharded("run", found)
+    assert rows.group.isna().sum() == 1 and rows.group.nunique() == 12 and rows.split.nunique() > 1
+    assert (rows.groupby("group").split.nunique() == 1).all() and (rows.groupby("group").size() == 4).all()
+    (source / "manifest.csv").write_text("file,patient\n" + "".join(f"ill/{i}.dcm,one\n" for i in range(24)))
+    rows = sharded("again", survey(str(source), 100))
+    assert set(rows.group[rows.class_name == "ill"]) == {"one"} and rows.group.nunique() == 7
 
 
 @pytest.mark.slow
