@@ -44,8 +44,9 @@ def patient(data: bytes) -> str | None:
 def frames(data: bytes, max_pixels: int) -> Iterator[tuple[str, np.ndarray]]:
     """The frames of a DICOM file, uint8 (H, W) or (H, W, 3), and how each is called: "", or "[0]", "[1]", … of several.
 
-    Grey values go through the modality's and the first VOI transform that the file has (PS3.3 C.11.1 and C.11.2),
-    without one from least to greatest; MONOCHROME1 is inverted. Raises ValueError, in one line.
+    Grey values go through the modality's and the first VOI transform that the file, or its frame's functional groups,
+    have (PS3.3 C.11.1, C.11.2, C.7.6.16), without one from least to greatest; MONOCHROME1 is inverted. Raises
+    ValueError, in one line.
     """
     import pydicom
     from pydicom.pixels import iter_pixels
@@ -63,6 +64,10 @@ def frames(data: bytes, max_pixels: int) -> Iterator[tuple[str, np.ndarray]]:
         raise ValueError(f"{file.Columns} x {file.Rows} pixels are more than {max_pixels:,}")
     several = int(file.get("NumberOfFrames") or 1) > 1
     for number, pixels in enumerate(iter_pixels(file)):
+        for groups in (file.get("SharedFunctionalGroupsSequence"), file.get("PerFrameFunctionalGroupsSequence")):
+            of_frame = groups[min(number, len(groups) - 1)] if groups else {}  # the shared ones are one item
+            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                file.update((of_frame.get(name) or [{}])[0])
         yield f"[{number}]" if several else "", _eight_bits(pixels, file)
 
 
@@ -87,10 +92,11 @@ def _window(pixels: np.ndarray, file: Any) -> np.ndarray:
     lookup = pixels.dtype.kind in "iu" and int(high) - int(low) < MAX_LEVELS
     levels = np.arange(int(low), int(high) + 1) if lookup else pixels.ravel()
     # What the transform makes of values beyond it is its black and its white; its tables know no more than 16 bits.
-    tables = "VOILUTSequence" in file or "ModalityLUTSequence" in file
+    asked = None not in (file.get("WindowCenter"), file.get("WindowWidth"))  # both may be there, and empty
+    tables = bool(file.get("VOILUTSequence") or file.get("ModalityLUTSequence"))
     beyond = (-(1 << 15), (1 << 16) - 1) if tables else (-(1 << 31), 1 << 31)
     shown = apply_voi_lut(apply_modality_lut(np.concatenate([beyond, levels]), file), file).astype(np.float64)
-    ends = shown[:2] if "VOILUTSequence" in file or "WindowCenter" in file else shown[2:]
+    ends = shown[:2] if asked or file.get("VOILUTSequence") else shown[2:]
     black, white = ends.min(), ends.max()
     if not np.isfinite([black, white]).all():
         raise ValueError("holds values that are not finite")

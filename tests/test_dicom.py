@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit
 
@@ -104,6 +104,34 @@ def test_without_a_window_from_least_to_greatest() -> None:
     assert np.array_equal(grey(dicom(ramp)), ramp)
 
 
+@pytest.mark.parametrize("tags", [{"WindowCenter": None, "WindowWidth": None}, {"WindowCenter": 40},
+                                  {"VOILUTSequence": []}, {"SharedFunctionalGroupsSequence": []}])  # fmt: skip
+def test_a_window_that_is_there_but_empty_is_none(tags: dict[str, Any]) -> None:
+    """De-identified files have such."""
+    assert np.array_equal(grey(dicom(VALUES, **tags)), stretched(VALUES.astype(float)))
+
+
+def test_windows_of_functional_groups() -> None:
+    """Enhanced multi-frame files have them there, of all frames or of each."""
+
+    def window_of(centre: float, width: float) -> Dataset:
+        groups, voi = Dataset(), Dataset()
+        voi.WindowCenter, voi.WindowWidth = centre, width
+        groups.FrameVOILUTSequence = [voi]
+        return groups
+
+    shared, rescale = Dataset(), Dataset()
+    rescale.RescaleSlope, rescale.RescaleIntercept = 1, -1024
+    shared.PixelValueTransformationSequence = [rescale]
+    data = dicom(np.stack([VALUES, VALUES]) + 1024, SharedFunctionalGroupsSequence=[shared],
+                 PerFrameFunctionalGroupsSequence=[window_of(40, 400), window_of(-600, 1500)])  # fmt: skip
+    for (_, picture), given in zip(load_all(data), ((40, 400), (-600, 1500)), strict=True):
+        assert np.abs(np.asarray(picture)[..., 0] - window(VALUES.astype(float), *given)).max() <= 0.51
+    shared.FrameVOILUTSequence = window_of(40, 400).FrameVOILUTSequence
+    one = grey(dicom(VALUES + 1024, SharedFunctionalGroupsSequence=[shared]))
+    assert np.abs(one - window(VALUES.astype(float), 40, 400)).max() <= 0.51
+
+
 def test_monochrome1_is_white_where_values_are_low() -> None:
     common: dict[str, Any] = {"WindowCenter": 40, "WindowWidth": 400}
     one = grey(dicom(VALUES, PhotometricInterpretation="MONOCHROME1", **common))
@@ -112,7 +140,6 @@ def test_monochrome1_is_white_where_values_are_low() -> None:
 
 
 def test_lookup_tables() -> None:
-    from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence
 
     values = np.arange(16, dtype=np.uint8).reshape(4, 4)
