@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import lzma
 import os
@@ -22,9 +23,28 @@ from cae.data import filesystem
 
 MAX_BYTES = 1 << 29  # of one encoded image
 NOT_ITS_FAULT = (ConnectionError, TimeoutError)  # of a file: it is to be read again
+# Neither are these: a store that is too busy or at fault, a network that is down, a key that is out of date.
+AWAY = {getattr(errno, name, None) for name in
+        ("EBUSY", "EREMOTEIO", "ESTALE", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH")} - {None}  # fmt: skip
+REFUSALS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
 NOTES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 MAX_NOTE = 1 << 20  # of names and the like before a member of a tar archive
-DAMAGED = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
+DAMAGED = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RecursionError)
+
+
+def of_web(error: BaseException | None) -> bool:
+    """Whether an error is aiohttp's, which fsspec reads URLs by."""
+    return type(error).__module__.startswith("aiohttp")
+
+
+def pass_on(error: Exception) -> None:
+    """Raise ConnectionError or TimeoutError for what is no fault of a file: a row that says it cannot be read would be
+    there for good, and of an archive all that follows would be missing."""
+    if isinstance(error, NOT_ITS_FAULT):
+        raise error
+    answer = getattr(error.__cause__, "response", None) or {}  # botocore's, behind what s3fs makes of it
+    if of_web(error) or getattr(error, "errno", None) in AWAY or answer.get("Error", {}).get("Code") in REFUSALS:
+        raise ConnectionError(str(error) or type(error).__name__) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +174,8 @@ def tar_members(path: str, streamed: bool = False) -> Iterator[Member]:
             mode: Any = "r|" if streamed else "r:"
             plain = _unpacked(file) if streamed else file
             tar: Any = files.enter_context(tarfile.open(fileobj=plain, mode=mode, tarinfo=_Header))
-        except NOT_ITS_FAULT:
-            raise
         except DAMAGED as error:
+            pass_on(error)
             raise ValueError(_unfit(path, "no tar archive", error)) from error
         try:
             while (member := tar.next()) is not None:
@@ -167,9 +186,8 @@ def tar_members(path: str, streamed: bool = False) -> Iterator[Member]:
                     yield Member(_tidy(member.name), span, problem, partial(_extract, tar, member))
             whole = isinstance(tar.ended, tarfile.EOFHeaderError)  # type: ignore[attr-defined]
             damage = "" if whole else str(tar.ended)
-        except NOT_ITS_FAULT:
-            raise
         except DAMAGED as error:
+            pass_on(error)
             damage = str(error)
         if damage:
             yield Member(

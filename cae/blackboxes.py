@@ -23,10 +23,13 @@ import fsspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from cae.checkpoint import read_weights
+from cae.data import first_line
 
 Create = Callable[[int], nn.Module]  # a network with so many outputs
+WEB = ("http://", "https://")
 TRUSTED = "trusted:"  # in front of a classifier whose pickles may be run
 FILES = (".json", ".onnx", ".pt2", ".pth", ".pt")
 FUNCTION = re.compile(r"[a-z_]\w*(\.\w+)*:[a-z_]\w*(\.\w+)*", re.IGNORECASE)
@@ -114,7 +117,7 @@ def resolve(spec: str, trust_pickle: bool = False, folder: str = "") -> str:
     """
     if spec.startswith(TRUSTED):
         raise ValueError(f"--classifier {spec}: say --trust-pickle instead")
-    if spec.startswith("http"):
+    if spec.startswith(WEB):
         if urlsplit(spec).password:
             raise ValueError("a URL with a password would be logged: put a token into the environment (see Card.token)")
         return spec
@@ -133,7 +136,7 @@ def read_card(spec: str) -> tuple[str, Card]:
 
     Raises ValueError, in one line, for a JSON that is no card.
     """
-    if spec.startswith("http") or FUNCTION.fullmatch(spec):
+    if spec.startswith(WEB) or FUNCTION.fullmatch(spec):
         return spec, Card()
     given = spec.endswith(".json")
     path = spec if given else os.path.splitext(_parted(spec)[2])[0] + ".json"
@@ -153,7 +156,7 @@ def read_card(spec: str) -> tuple[str, Card]:
         names = ", ".join(get_type_hints(Card))
         raise ValueError(f"{path} is no card of a classifier, an object with some of the fields {names}") from error
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"cannot use {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot use {path}: {first_line(error)}") from error
     if not given:
         return spec, card
     if not card.classifier or card.classifier.endswith(".json"):
@@ -176,7 +179,7 @@ def fingerprint(spec: str) -> str:
     if not is_foreign(what):
         files = [f"{path}/model.safetensors", f"{path}/config.json"]
     else:
-        files = [] if what.startswith("http") or FUNCTION.fullmatch(what) else [path]
+        files = [] if what.startswith(WEB) or FUNCTION.fullmatch(what) else [path]
         if path.endswith(".onnx"):
             files += sorted(glob.glob(f"{glob.escape(path)}?*"))
     for file in files:
@@ -189,7 +192,7 @@ def open_foreign(spec: str, card: Card, trusted: bool, built_in: Mapping[str, Cr
 
     `built_in` makes networks that need no library, by name (`torchvision:resnet18`). Raises ValueError, in one line.
     """
-    if spec.startswith("http"):
+    if spec.startswith(WEB):
         return _server(spec, card), card
     if spec.startswith(("torchvision:", "timm:")):
         return _from_library(spec, card, built_in)
@@ -339,7 +342,22 @@ def _exported(spec: str, card: Card, trusted: bool) -> tuple[nn.Module, Card]:
         (given,) = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     except Exception as error:
         raise ValueError(f"{spec} is no exported network with one input of images: {_reason(error)}") from error
-    return _from_file(card, program.module(), given.meta["val"].shape)
+    return _from_file(card, _Exported(program), given.meta["val"].shape)
+
+
+class _Exported:
+    """Asks an exported network where the images are: it has the device in its graph."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self.program = program
+        self.device: torch.device | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.device != self.device:
+            self.net = move_to_device_pass(self.program, x.device).module().requires_grad_(False)
+            self.device = x.device
+        outputs: Tensor = self.net(x)
+        return outputs
 
 
 def _refuse_pickles(spec: str, data: bytes) -> None:
@@ -349,8 +367,8 @@ def _refuse_pickles(spec: str, data: bytes) -> None:
             for entry in archive.infolist():
                 name = entry.filename.split("/", 1)[-1]
                 if name.endswith(".pt"):  # inputs that the exporter kept as an example
-                    torch.load(io.BytesIO(archive.read(entry)), weights_only=True)
-                pickled = name.endswith("_config.json") and b'"use_pickle": true' in archive.read(entry)
+                    torch.load(io.BytesIO(archive.read(entry)), weights_only=True, map_location="cpu")
+                pickled = name.endswith("_config.json") and _pickled(json.loads(archive.read(entry)))
                 if pickled or name == "version" or re.match(r"data/(aotinductor|constants/(custom|opaque)_obj)", name):
                     raise ValueError(name)
     except Exception as error:
@@ -358,6 +376,14 @@ def _refuse_pickles(spec: str, data: bytes) -> None:
             f"{spec} is no file of torch.export.save (2.8 or newer), or holds more than a network and tensors: export "
             "it again without, or say --trust-pickle if you trust whoever made it"
         ) from error
+
+
+def _pickled(config: Any) -> bool:
+    """Whether a part of an exported network's configuration says of any tensor that it is a pickle."""
+    if isinstance(config, list):
+        return any(map(_pickled, config))
+    return isinstance(config, dict) and (config.get("use_pickle", False) is not False
+                                         or any(map(_pickled, config.values())))  # fmt: skip
 
 
 def _function(spec: str, card: Card) -> nn.Module:

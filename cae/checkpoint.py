@@ -11,6 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from cae.data import first_line
+
 
 def save_model(folder: str, module: nn.Module, config: dict[str, Any]) -> None:
     """Write the module's state and the plain values in `config`, the latter last."""
@@ -45,8 +47,7 @@ def read_weights(path: str, entry: str = "") -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise ValueError(f"no weights at {path}") from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot read the weights in {path}: {reason}") from error
+        raise ValueError(f"cannot read the weights in {path}: {first_line(error)}") from error
     try:
         if path.endswith(".safetensors"):
             return safetensors.torch.load(data)

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cae.blackboxes import FUNCTION, TRUSTED, is_foreign, open_foreign, read_card
+from cae.blackboxes import FUNCTION, TRUSTED, WEB, is_foreign, open_foreign, read_card
 from cae.checkpoint import read_model, save_model
 from cae.config import ClassifierConfig
+from cae.data import first_line
 
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
@@ -240,7 +241,7 @@ def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBo
     blackbox.differentiable = logits.requires_grad
     blackbox.classes = card.classes or classes or tuple(str(i) for i in range(outputs))
     if outputs != len(blackbox.classes):
-        no_file = spec.startswith("http") or FUNCTION.fullmatch(spec)
+        no_file = spec.startswith(WEB) or FUNCTION.fullmatch(spec)
         raise ValueError(
             f"the classifier {spec} has {outputs} outputs and there are {len(blackbox.classes)} classes "
             f"({', '.join(blackbox.classes)}): name its outputs, in order, under `classes` in "
@@ -277,8 +278,7 @@ def _open_own(spec: str, state: dict[str, Tensor], config: dict[str, Any]) -> Bl
         net = ResNet(config["arch"], len(names), config["stem"])
         net.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{spec} is no classifier saved by this project: {reason}") from error
+        raise ValueError(f"{spec} is no classifier saved by this project: {first_line(error)}") from error
     return _own(net, names)
 
 

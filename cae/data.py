@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -113,7 +112,11 @@ SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-NOT_IMAGES = ("readme*", "license*", "licence*", "*.csv", "*.json", "*.md", "thumbs.db", "desktop.ini")
+NOT_IMAGES = {"thumbs.db", "desktop.ini"} | {
+    name + kind for name in ("readme", "license", "licence") for kind in ("", ".txt", ".rst", ".html", ".pdf")
+}
+NOTES = (".csv", ".json", ".md")
+MAX_PIXELS = 100_000_000  # of an image; larger ones are taken for decompression bombs
 GROUP_COLUMNS = ("patient", "group", "patient_id", "group_id")
 MANIFEST = "manifest.csv"
 MIN_TRAIN = 3
@@ -320,6 +323,8 @@ def _npz_images(archive: zipfile.ZipFile, path: str, key: str, labels: np.ndarra
         version = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(member)
+        if np.prod(shape[1:3], dtype=object) > MAX_PIXELS:
+            raise ValueError(f"{path}: {key} has images of more than {MAX_PIXELS:,} pixels")
         if dtype != np.uint8 or fortran or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
             order = " in Fortran order" if fortran else ""
             raise ValueError(f"{path}: {key} is {dtype} {shape}{order}; save uint8 (N, H, W) or (N, H, W, 3), C order")
@@ -341,8 +346,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{url} can't be opened: {reason}") from error
+        raise ValueError(f"{url} can't be opened: {first_line(error)}") from error
 
 
 def version_of(info: Mapping[str, Any]) -> str:
@@ -355,7 +359,13 @@ def may_be_image(name: str) -> bool:
     """Whether a file, named relative to the archive, is neither hidden nor plainly something else."""
     parts = name.split("/")
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
-    return not hidden and not any(fnmatch(parts[-1].lower(), pattern) for pattern in NOT_IMAGES)
+    name = parts[-1].lower()
+    return not hidden and name not in NOT_IMAGES and not name.endswith(NOTES)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind, if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def text(name: str) -> str:
@@ -370,10 +380,13 @@ def _groups(manifest: bytes, where: str, names: list[str]) -> dict[str, str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is no UTF-8 text; save it as CSV in UTF-8") from error
     rows = csv.DictReader(io.StringIO(text, newline=""))
-    column = next((name for name in GROUP_COLUMNS if name in (rows.fieldnames or ())), None)
-    if column is None:
-        return {}
-    groups = {row["file"].replace("\\", "/"): row[column] for row in rows if row.get("file") and row[column]}
+    try:
+        column = next((name for name in GROUP_COLUMNS if name in (rows.fieldnames or ())), None)
+        if column is None:
+            return {}
+        groups = {row["file"].replace("\\", "/"): row[column] for row in rows if row.get("file") and row[column]}
+    except csv.Error as error:
+        raise ValueError(f"{where} is no CSV with a header ({error}); save it again") from error
     # A manifest that doesn't match would otherwise let patients straddle splits unnoticed.
     if groups.keys().isdisjoint(names):
         raise ValueError(f"{where} names no file of its folder; give paths relative to it in a column called file")

@@ -6,6 +6,7 @@ batched; all tensors stay on the images' device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -69,10 +70,12 @@ def images_at_once(x: Tensor, blackbox: BlackBox) -> int:
     """How many images of the size of x (B, 3, H, W) to give the networks in one batch, by their pixels.
 
     So memory is bounded whatever their size. Few enough for a CPU's caches where that is what computes; a classifier
-    that only answers (a server, a file with a batch of its own) is asked about more at once.
+    that only answers (a server, a file with a batch of its own) is asked about more at once. One that takes images
+    enlarged has that many pixels to look at.
     """
     cached = x.device.type == "cpu" and blackbox.differentiable
-    return max(1, (CPU_PIXELS_AT_ONCE if cached else PIXELS_AT_ONCE) // x.shape[-2:].numel())
+    pixels = max(x.shape[-2:].numel(), math.prod(blackbox.input_size or (0,)))
+    return max(1, (CPU_PIXELS_AT_ONCE if cached else PIXELS_AT_ONCE) // pixels)
 
 
 def along(corners: Tensor, t: Tensor) -> Tensor:

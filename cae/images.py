@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cae import dicom
+from cae.data import MAX_PIXELS, first_line
 
 Fit = Literal["crop", "squash"]
-MAX_PIXELS = 100_000_000
 # Pillow knows more, some of which run other programs or take anything for an image.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
 SWEEPS, RELAXATION = 32, 1.7  # of `inpaint`: 1.7 is best for holes 17 pixels wide, and 0.7^32 is 1e-5
@@ -42,7 +42,7 @@ def load_all(data: bytes) -> Iterator[tuple[str, Image.Image]]:
     except ImportError as error:
         raise UnreadableImage("DICOM needs the package pydicom: pip install pydicom") from error
     except Exception as error:  # pydicom's as little as Pillow's are of one kind
-        raise UnreadableImage(_reason(error)) from error
+        raise UnreadableImage(first_line(error)) from error
 
 
 def load(data: bytes) -> Image.Image:
@@ -63,7 +63,7 @@ def load(data: bytes) -> Image.Image:
         raise
     # Pillow's decoders raise whatever their format runs into: OSError, ValueError, SyntaxError, struct.error, ...
     except Exception as error:
-        reason = _reason(error)
+        reason = first_line(error)
         raise UnreadableImage("no known image format" if "cannot identify" in reason else reason) from error
     if image.mode.startswith(("I", "F")):
         values = np.array(image, np.float32)
@@ -77,11 +77,6 @@ def load(data: bytes) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def decode(data: bytes, size: int, fit: Fit = "crop") -> np.ndarray:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from cae.archives import DAMAGED, NOT_ITS_FAULT, Member, open_file, read_span, tar_members, zip_members
+from cae.archives import DAMAGED, Member, of_web, open_file, pass_on, read_span, tar_members, zip_members
 from cae.data import (
     GROUP_COLUMNS,
     MANIFEST,
@@ -32,6 +32,7 @@ from cae.data import (
     Item,
     Layout,
     filesystem,
+    first_line,
     layout_of,
     list_images,
     may_be_image,
@@ -74,11 +75,14 @@ def survey(source: str, rows: int = 256) -> Survey:
     try:
         if _is_folder(source):
             return _survey_source(source, "", rows)
-        web = source.startswith(("http://", "https://"))
-        name = urlsplit(source).path if web else source  # without the signature of a URL that has one
-        return replace(_survey_source(source, name.lower(), rows), version=_version(source))
+        return replace(_survey_source(source, _unsigned(source).lower(), rows), version=_version(source))
     except FileNotFoundError as error:
         raise ValueError(f"{source} cannot be read: {_why(error)}") from error
+
+
+def _unsigned(source: str) -> str:
+    """A path or URL without the signature of a web address that has one."""
+    return urlsplit(source)._replace(query="").geturl() if source.startswith(("http://", "https://")) else source
 
 
 def _is_folder(source: str) -> bool:
@@ -183,11 +187,9 @@ def _read_items(items: Iterable[Item]) -> Iterator[tuple[Item, bytes, str]]:
                             archive, opened = item.path, files.enter_context(open_file(item.path))
                         content = read_span(opened, item.span)
                     break
-                except NOT_ITS_FAULT:
-                    raise
                 except Exception as error:
                     problem = _problem(error)
-                    if not _of_web(error) or wait is None:
+                    if not of_web(error) or wait is None:
                         break
                     archive, opened = "", None
                     time.sleep(wait)
@@ -199,18 +201,14 @@ def _problem(error: Exception) -> str:
     """Why a file cannot be read, as its row says it. Raises what is no fault of a file."""
     if any(kind.__name__ == "ClientConnectorError" for kind in type(error).__mro__):  # aiohttp's: nobody answers
         raise ConnectionError(str(error)) from error
-    if _of_web(error):
+    if of_web(error):
         return f"the download broke off: {error}"
+    pass_on(error)
     if isinstance(error, OSError):
         return f"the file cannot be read: {_why(error)}"
     if isinstance(error, (ValueError, ImportError, zlib.error)):  # fsspec's, for URLs, are ValueError and ImportError
         return str(error) or type(error).__name__
     raise error
-
-
-def _of_web(error: BaseException | None) -> bool:
-    """Whether an error is aiohttp's, which fsspec reads URLs by."""
-    return type(error).__module__.startswith("aiohttp")
 
 
 def _why(error: OSError) -> str:
@@ -219,7 +217,7 @@ def _why(error: OSError) -> str:
     Raises ConnectionError where the server is not there, or has a fault of its own.
     """
     cause = error.__cause__
-    if not _of_web(cause):
+    if not of_web(cause):
         bare = isinstance(error, FileNotFoundError) and not error.strerror  # fsspec's: the name alone
         return f"there is no {error}" if bare else str(error.strerror or error)
     status = getattr(cause, "status", None)
@@ -240,6 +238,7 @@ def _list(path: str, members: Iterable[Member]) -> tuple[Layout, list[Item]]:
             try:
                 manifest = member.content()
             except DAMAGED as error:
+                pass_on(error)
                 raise ValueError(f"{member.name} in {path} is damaged: {error}") from error
         if may_be_image(member.name):
             found.append(replace(member, content=bytes))
@@ -262,9 +261,8 @@ def _read_stream(path: str, layout: Layout) -> Iterator[tuple[Item, bytes, str]]
             content, problem = b"", member.problem
             try:
                 content = b"" if problem else member.content()
-            except NOT_ITS_FAULT:
-                raise
             except DAMAGED as error:
+                pass_on(error)
                 problem = f"the archive is damaged here: {error}"
             yield _numbered(layout.item(path, member.name), seen), content, problem
 
@@ -289,7 +287,10 @@ def _describe(item: Item, row: Mapping[str, Any]) -> Item:
 
     def told(wanted: Sequence[str]) -> str | None:
         column = _column(row, wanted)
-        return None if column is None or row[column] in (None, "") else str(row[column])
+        value = None if column is None else row[column]
+        if value is None or value != value or value == "":  # not a number: what pandas makes of a gap
+            return None
+        return str(value).removesuffix(".0") if str(value).removesuffix(".0").isdecimal() else str(value)
 
     return replace(item, label=told(LABELS), split=SPLITS.get((told(("split",)) or "").lower()),
                    group=told(GROUP_COLUMNS))  # fmt: skip
@@ -300,10 +301,10 @@ def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence
     column = _column(columns, PATHS)
     if column is None:
         raise ValueError(f"{source} has the columns {', '.join(columns)}: call the one with paths {', '.join(PATHS)}")
-    items, seen = [], Counter[str]()
+    items, seen, beside = [], Counter[str](), os.path.dirname(_unsigned(source)) or "."
     for number, row in enumerate(rows, 1):
         given = str(row[column] or "").strip()
-        path = given if "://" in given or os.path.isabs(given) else f"{os.path.dirname(source) or '.'}/{given}"
+        path = given if "://" in given or os.path.isabs(given) else f"{beside}/{given}"
         item = Item(path, given, None, None, None)
         if not given:
             item = Item(source, f"row {number}", None, None, None, problem=f"the row has no {column}")
@@ -334,7 +335,7 @@ def _with_versions(items: Sequence[Item]) -> list[Item]:
 def _list_csv(path: str) -> list[Item]:
     with open_file(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        delimiter = "\t" if path.lower().endswith(".tsv") else ","
+        delimiter = "\t" if _unsigned(path).lower().endswith(".tsv") else ","
         rows = csv.DictReader(text, delimiter=delimiter, restval="", restkey=SURPLUS)
         try:
             return _list_rows(path, rows, rows.fieldnames or [])
@@ -394,9 +395,8 @@ def _read_table(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
                     if isinstance(held, dict):
                         held, given = held["bytes"], held.get("path") or given
                     yield item(row, str(given or "")), held or b"", "" if held else "the row holds no image"
-        except NOT_ITS_FAULT:
-            raise
         except (OSError, ValueError) as error:
+            pass_on(error)
             problem = f"the table is damaged here: {error}"
         for _ in range(operator.length_hint(numbers)):
             yield item({}), b"", problem
@@ -410,7 +410,8 @@ def _open_table(path: str, file: IO[bytes]) -> Any:
     try:
         return pq.ParquetFile(file, pre_buffer=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no whole Parquet file: {str(error).splitlines()[0]}") from error
+        pass_on(error)
+        raise ValueError(f"{path} is no whole Parquet file: {first_line(error)}") from error
 
 
 def _image_column(schema: Any) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cae import classifiers, figures, sources, training
-from cae.data import Item
+from cae.data import Item, first_line
 from cae.explain import Explanation, explain, over_donors
 from cae.images import Fit, encode_png, fitted, to_array, to_tensor
 from pipelines.bulk import (
@@ -82,6 +82,8 @@ class ExplainWorker:
         try:
             p = self._ask(arrays[filled(len(arrays))])[: len(arrays)]
         except torch.OutOfMemoryError:
+            p = None
+        if p is None:  # out of the handler, which holds on to all that there was no room for
             p = torch.cat([self._ask(array[None]) for array in arrays])
         images, targets = [], []
         for i, label in choose_targets(p, self.ways.targets, self.names, self.ways.ends):
@@ -122,25 +124,20 @@ class ExplainWorker:
         wanted = len(images)
         images, targets = ([values[i] for i in filled(wanted, multiple)] for values in (images, targets))
         source = p[images].argmax(1)
-        x = to_tensor(arrays[images], self.device)
-        names = [ids[i] for i in images]
+        names, reason = [ids[i] for i in images], ""
         try:
-            class_code, individual_code = self.cae.encode(x)
-            codes = class_code.float().cpu().numpy()
-            donors, waypoints = self.ways.find(names, codes, targets)
-            counts = [len(own) for own in donors]
-            each = torch.arange(len(images)).repeat_interleave(torch.tensor(counts))  # the image of each path
-            there = each.to(self.device)
-            paths = explain(self.cae, self.blackbox, x[there], source[each].to(self.device),
-                            torch.tensor(targets)[each].to(self.device), torch.from_numpy(waypoints).to(self.device),
-                            codes=(class_code[there], individual_code[there]), **self.how)  # fmt: skip
+            paths, donors, codes = self._walk(arrays[images], names, source, targets)
+        except torch.AcceleratorError:  # not the image's fault: nothing can be computed in this process any more
+            raise
         except RuntimeError as error:
-            # One image at a time tells the guilty from the rest; alone, it becomes a row that says what happened.
-            if len(images) > 1:
-                pairs = list(zip(images, targets, strict=True))[:wanted]
-                return [row for i, t in pairs for row in self._explain(arrays, ids, p, [i], [t])]
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
+        if reason and len(images) > 1:
+            # One at a time tells the guilty from the rest; out of the handler, which holds on to all their memory.
+            pairs = list(zip(images, targets, strict=True))[:wanted]
+            return [row for i, t in pairs for row in self._explain(arrays, ids, p, [i], [t])]
+        if reason:  # alone, it becomes a row that says what happened
             return [self.failed(names[0], reason, p[images[0]], targets[0])]
+        counts = [len(own) for own in donors]
         found = over_donors(paths, counts)
         distance = self.ways.known.distance_to(codes)
         ends = np.cumsum(counts).tolist()
@@ -152,6 +149,21 @@ class ExplainWorker:
             | self._row(found, k)
             for k in range(wanted)
         ]  # fmt: skip
+
+    def _walk(self, arrays: np.ndarray, names: list[str], source: Tensor,
+              targets: list[int]) -> tuple[Explanation, list[list[str]], np.ndarray]:  # fmt: skip
+        """The paths of images (B, size, size, 3) of classes `source` (B,), the ids of each one's counter codes, and the
+        images' class codes (B, D)."""
+        x = to_tensor(arrays, self.device)
+        class_code, individual_code = self.cae.encode(x)
+        codes = class_code.float().cpu().numpy()
+        donors, waypoints = self.ways.find(names, codes, targets)
+        each = torch.arange(len(x)).repeat_interleave(torch.tensor([len(own) for own in donors]))  # each path's image
+        there = each.to(self.device)
+        paths = explain(self.cae, self.blackbox, x[there], source[each].to(self.device),
+                        torch.tensor(targets)[each].to(self.device), torch.from_numpy(waypoints).to(self.device),
+                        codes=(class_code[there], individual_code[there]), **self.how)  # fmt: skip
+        return paths, donors, codes
 
     def _row(self, found: Explanation, k: int) -> dict[str, Any]:
         row: dict[str, Any] = {

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cae import classifiers, counterfactuals, metrics, training
 from cae.classifiers import BlackBox
+from cae.data import first_line
 from cae.explain import along, explain, images_at_once, over_donors
 from cae.images import Fit, blur, load, to_tensor
 from cae.metrics import Fill
@@ -258,7 +259,7 @@ class MeasureWorker:
                 heat = kept if name == "CAE" else method(seen.x, seen.source, target, waypoints, counts)
             except UNFIT as error:
                 for row in rows:
-                    row["maps"].append({"method": name, "error": str(error).splitlines()[0]})
+                    row["maps"].append({"method": name, "error": first_line(error)})
                 continue
             self._judge(name, heat, rows, tasks, seen, masks)
             if name in self.smoothed:

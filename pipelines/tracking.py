@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cae.data import first_line
+
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def store(run: Run, options: RunOptions) -> str:
 def failure(error: BaseException) -> str | None:
     """The reason, in one line, when it is MLflow's error; else None."""
     if isinstance(error, mlflow.exceptions.MlflowException):
-        return f"MLflow: {str(error).splitlines()[0][:300]} (see --tracking-uri)"
+        return f"MLflow: {first_line(error)[:300]} (see --tracking-uri)"
     return None
 
 

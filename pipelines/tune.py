@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -23,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from cae import search_plots
+from cae.losses import GRADIENT, choose_class_head
 from pipelines import run as runs
 from pipelines import tracking
 from pipelines.bulk import read_predicted
@@ -134,9 +136,9 @@ def _tuner(run: Run, options: TuneOptions) -> tune.Tuner:
     place, name = run.path("checkpoints", "tune"), "search"
     if run.fs.glob(f"{place}/{name}/experiment_state-*.json"):
         return tune.Tuner.restore(f"{place}/{name}", trainable)
-    space = _space(options)
-    start = {**asdict(options.weights), **asdict(options.train)}
-    proposals = _proposals(options, [{option: start[option] for option in space}])
+    differentiable = run.result("classify").get("differentiable", True)
+    space = _space(options, differentiable)
+    proposals = _proposals(options, [_start(options, space, differentiable)])
     scheduler = FIFOScheduler() if options.search == "random" else ASHAScheduler(
         "progress", max_t=1, grace_period=FIRST_RUNG, reduction_factor=2, stop_last_trials=False  # type: ignore[arg-type]
     )  # fmt: skip
@@ -157,8 +159,9 @@ def _trial_id(trial: Trial) -> str:
     return trial.trial_id
 
 
-def _space(options: TuneOptions) -> dict[str, Any]:
-    """What is searched, by name: every weight log-uniform round the one given, and what `--also` asks for."""
+def _space(options: TuneOptions, differentiable: bool = True) -> dict[str, Any]:
+    """What is searched, by name: every weight log-uniform round the one given, and what `--also` asks for; of class
+    heads those that a classifier with a gradient, or without, can have."""
     given = asdict(options.weights)
     space: dict[str, Any] = {
         name: tune.loguniform(given[name] / options.span, given[name] * options.span) for name in WEIGHTS
@@ -167,8 +170,15 @@ def _space(options: TuneOptions) -> dict[str, Any]:
         reach = options.span**0.5
         space["lr"] = tune.loguniform(options.train.lr / reach, options.train.lr * reach)
     if "class_head" in options.also:
-        space["class_head"] = tune.choice(HEADS)
+        space["class_head"] = tune.choice([head for head in HEADS if differentiable or head not in GRADIENT])
     return space
+
+
+def _start(options: TuneOptions, names: Iterable[str], differentiable: bool) -> dict[str, Any]:
+    """What the search starts from: the options given, with what `auto` stands for."""
+    head = choose_class_head(options.train.class_head, differentiable)
+    given = {**asdict(options.weights), **asdict(options.train), "class_head": head}
+    return {name: given[name] for name in names}
 
 
 def _proposals(options: TuneOptions, first: list[dict[str, Any]]) -> Searcher | SearchAlgorithm:

@@ -75,10 +75,22 @@ def test_an_exported_network_with_a_pickle_inside_is_refused(tmp_path: Path) -> 
         return f"{tmp_path}/{name}"
 
     (inputs,) = [name for name in entries if "sample_inputs" in name]
+    (config,) = [name for name in entries if name.endswith("weights_config.json")]
+    weight = next(name for name in entries if "/data/weights/weight_" in name)
+
+    def pickled(value: Any, separators: tuple[str, str]) -> dict[str, bytes]:
+        told = json.loads(entries[config])
+        for about in told["config"].values():
+            about["use_pickle"] = value
+        return {config: json.dumps(told, separators=separators).encode(), weight: bomb.getvalue()}
+
     root = inputs.split("/")[0]
     load(planted("same.pt2", {}))
     bad = {
         "inputs.pt2": {inputs: bomb.getvalue()},
+        "weights.pt2": pickled(True, (", ", ": ")),
+        "close.pt2": pickled(True, (",", ":")),
+        "one.pt2": pickled(1, (" , ", " : ")),
         "constants.pt2": {f"{root}/data/constants/opaque_obj_0": b"."},
         "native.pt2": {f"{root}/data/aotinductor/model/x.so": b"\x7fELF"},
     }

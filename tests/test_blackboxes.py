@@ -234,6 +234,22 @@ def test_axes_channels_and_single_outputs(tmp_path: Path) -> None:
         assert torch.allclose(blackbox.probabilities(x), expected.softmax(1), atol=1e-5)
 
 
+class Striped(nn.Module):
+    """Makes tensors of its own, which an export ties to the device that it was made on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stripes = torch.arange(x.shape[3], device=x.device) % 2
+        return (x * stripes).mean((2, 3)) * torch.tensor([1.0, 2.0, 3.0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_network_answers_where_the_images_are(tmp_path: Path) -> None:
+    blackbox = load(export(tmp_path / "net.pt2", Striped(), images()))
+    torch.testing.assert_close(blackbox(images()), Striped()((images() + 1) / 2))
+    away = blackbox.to("meta")(images().to("meta"))  # the only other device that every machine has
+    assert away.device.type == "meta" and away.shape == (len(images()), 3)
+
+
 def test_probabilities_of_nothing_are_no_reason_to_fail() -> None:
     class Certain(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -114,9 +114,10 @@ def test_list_class_and_flat(tmp_path: Path) -> None:
 def test_list_leaves_out_only_what_is_plainly_no_image(tmp_path: Path) -> None:
     left_out = ("README.txt", "a/readme", "a/x.CSV", "a/x.json", "notes.md", "LICENSE", "a/Thumbs.db", "desktop.ini",
                 ".hidden.png", "a/.DS_Store", ".git/x.png", "manifest.csv")  # fmt: skip
-    root = plant(tmp_path, *left_out, "a/photo.png", "a/notes.txt", "a/scan.dcm")
+    kept = ("a/license_plate.jpg", "a/notes.txt", "a/photo.png", "a/readme-figure.png", "a/scan.dcm")
+    root = plant(tmp_path, *left_out, *kept)
     items = list_images(root)
-    assert [item.name for item in items] == ["a/notes.txt", "a/photo.png", "a/scan.dcm"]
+    assert tuple(item.name for item in items) == kept
     assert all(Path(item.path).read_bytes() == b"x" and item.path.startswith("/") for item in items)
 
 
@@ -147,9 +148,10 @@ def test_manifest_mistakes(tmp_path: Path) -> None:
         b"file,patient\nelsewhere/1.png,p1\n",
         b"name,patient\na/1.png,p1\n",
         b"file,patient\na/1.png,\xff",
+        b"file,patient\na/1.png," + b"x" * 200_000,
     ):
         manifest.write_bytes(content)
-        with pytest.raises(ValueError, match=r"manifest\.csv .*(relative|UTF-8)") as error:
+        with pytest.raises(ValueError, match=r"manifest\.csv .*(relative|UTF-8|no CSV)") as error:
             list_images(root)
         message(error)
 
@@ -270,6 +272,7 @@ IMAGES, LABELS = np.zeros((2, 4, 4), np.uint8), np.array([0, 1])
         ({"train_images": IMAGES.astype(np.float32), "train_labels": LABELS}, "save uint8"),
         ({"train_images": np.zeros((2, 4, 4, 4), np.uint8), "train_labels": LABELS}, "save uint8"),
         ({"train_images": np.asfortranarray(np.zeros((2, 4, 5), np.uint8)), "train_labels": LABELS}, "Fortran"),
+        ({"train_images": np.zeros((1, 10_001, 10_000), np.uint8)}, "more than 100,000,000 pixels"),
         ({"train_images": IMAGES, "train_labels": np.array([0.0, 1.0])}, "one integer per image"),
         ({"train_images": IMAGES, "train_labels": np.array([[0, 1], [1, 0]])}, "one integer per image"),
         ({"train_images": IMAGES, "train_labels": np.array(1)}, "one integer per image"),

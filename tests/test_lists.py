@@ -101,6 +101,20 @@ def test_tables_of_images(tmp_path: Path) -> None:
     assert len(survey(f"{tmp_path}/plain.parquet").pieces) == 3
 
 
+def test_classes_that_pandas_made_floats_of_are_numbers(tmp_path: Path) -> None:
+    """A gap makes a column of integers one of floats; classes go by their size all the same."""
+    labels = [float(i) for i in range(12)] + [float("nan"), None]
+    rows = pa.table(
+        {"image": [encode_png(picture(i)) for i in range(14)], "label": pa.array(labels, from_pandas=False)}
+    )
+    pq.write_table(rows, tmp_path / "a.parquet")
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{i}.png,{i}.0\n" for i in range(12)) + "x.png,\n")
+    for name in ("a.parquet", "list.csv"):
+        found = survey(f"{tmp_path}/{name}")
+        assert found.labels == [str(i) for i in range(12)]
+    assert [item.label for item, _, _ in read(survey(f"{tmp_path}/a.parquet").pieces[0])][-3:] == ["11", None, None]
+
+
 def test_tables_with_gaps_and_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     content = FILES["train/cat/0.png"]
@@ -145,13 +159,14 @@ def test_the_network_s_faults_are_not_the_file_s(tmp_path: Path, monkeypatch: py
 @pytest.fixture
 def web() -> Iterator[str]:
     """A web server: /NNN answers with that status, /short with less than it says, /once so the first time only,
-    /list.csv with a list, anything else with a picture."""
+    /list.csv and /list.tsv with a list, anything else with a picture."""
     asked = Counter[str]()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             last = urlsplit(self.path).path.split("/")[-1].removesuffix(".zip")
-            content = b"url\n/a.png\n" if last == "list.csv" else FILES["train/cat/0.png"]
+            lists = {"list.csv": b"url\n/a.png\n", "list.tsv": b"url\tclass\na.png\tcat, black\n"}
+            content = lists.get(last, FILES["train/cat/0.png"])
             asked[last] += self.command == "GET"
             cut = last == "short" or (last == "once" and asked[last] < 2)
             self.send_response(int(last) if last.isdecimal() else 200)
@@ -190,6 +205,8 @@ def test_a_web_server_s_answers_are_told_apart(tmp_path: Path, web: str, monkeyp
         with pytest.raises(ConnectionError, match=says):
             listed("a.png", name)
     assert len(survey(f"{web}/list.csv?X-Amz-Signature=a.b/c").pieces) == 1  # as S3 signs addresses
+    signed = survey(f"{web}/list.tsv?X-Amz-Signature=a.b/c").pieces[0]
+    assert [(item.path, item.label) for item in signed["items"]] == [(f"{web}/a.png", "cat, black")]
     with pytest.raises(ConnectionError, match=": 503, message"):  # of an archive too
         survey(f"{web}/503.zip")
     with pytest.raises(ValueError, match="cannot be read: the server answers 404"):

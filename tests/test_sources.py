@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -17,11 +19,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import command, state
 from PIL import Image
 from test_dicom import VALUES, dicom
 
+from cae import archives, sources
 from cae.archives import MAX_BYTES
 from cae.data import Item
 from cae.images import decode, encode_png
@@ -269,6 +274,64 @@ def test_a_cut_or_damaged_tar_gives_what_is_before_and_says_so(tmp_path: Path, p
                 continue
             good = good_names(held)  # all of them where only the tar's closing zeros are gone
             assert good == set(FILES) or any("damaged" in problem for _, _, problem in held.values())
+
+
+class Refused(Exception):
+    """As botocore says why S3 does not give something."""
+
+    def __init__(self) -> None:
+        self.response = {"Error": {"Code": "ExpiredToken"}}
+
+
+@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz", "parquet"])
+def test_a_store_that_is_busy_or_refuses_is_no_fault_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, busy: bool
+) -> None:
+    if kind == "parquet":
+        source = f"{tmp_path}/a.parquet"
+        pq.write_table(pa.table({"image": [encode_png(picture(i)) for i in range(200)]}), source, compression="none")
+    else:
+        source = MAKE[kind](tmp_path)
+    error: OSError = OSError(errno.EBUSY, "Please reduce your request rate.")
+    if not busy:
+        error = PermissionError("The provided token has expired.")
+        error.__cause__ = Refused()
+    pieces = survey(source, 100).pieces
+
+    class Faulty(io.BufferedReader):
+        def read(self, size: int | None = -1, /) -> bytes:
+            whole = os.path.getsize(self.name)
+            if 3 * (self.tell() + (whole if size in (None, -1) else size)) > whole:  # what is behind the first third
+                raise error
+            return super().read(size)
+
+    def faulty(path: str) -> io.BufferedReader:
+        file = Faulty(io.FileIO(path))
+        if kind == "folder":
+            file.seek(0, os.SEEK_END)
+        return file
+
+    for module in (sources, archives):
+        monkeypatch.setattr(module, "open_file", faulty)
+    with pytest.raises(ConnectionError, match="reduce" if busy else "expired"):
+        list(read(pieces[0]))
+    if kind.startswith("tar"):
+        with pytest.raises(ConnectionError):
+            survey(source)
+    error.__cause__, error.errno = None, errno.EACCES  # a file that this account may not see is a row
+    if kind == "folder":
+        assert all("cannot be read" in problem for _, _, problem in read(pieces[0]))
+
+
+def test_a_tar_of_names_upon_names_is_damaged(tmp_path: Path) -> None:
+    """`tarfile` follows each to the next by calling itself."""
+    header = tarfile.TarInfo("x" * 120).tobuf(tarfile.GNU_FORMAT)[:1024]
+    good = Path(tarred(tmp_path / "good.tar", dict(list(FILES.items())[:2]))).read_bytes()
+    whole = tarfile.BLOCKSIZE * -(-len(good.rstrip(b"\0")) // tarfile.BLOCKSIZE)
+    (tmp_path / "deep.tar").write_bytes(good[:whole] + header * 5000 + b"\0" * 1024)
+    held = contents(f"{tmp_path}/deep.tar")
+    assert len(held) == 3 and "damaged behind" in held["deep.tar"][2]
 
 
 def test_a_damaged_zip_loses_only_what_is_damaged(tmp_path: Path) -> None:

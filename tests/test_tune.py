@@ -50,6 +50,19 @@ def test_every_weight_of_the_paper_is_searched_evenly_in_its_logarithm_round_the
     assert set(more["class_head"].categories) == {"learned", "distilled", "blackbox", "both"}
 
 
+def test_a_search_for_class_heads_starts_from_the_one_that_auto_stands_for() -> None:
+    """By Optuna itself, which takes no value that is not in its space."""
+    options = TuneOptions(train=PRESETS["quick"].train, also=("class_head",))
+    for differentiable, heads in ((True, tune.HEADS), (False, ["learned", "distilled"])):
+        space = tune._space(options, differentiable)
+        start = tune._start(options, space, differentiable)
+        assert space["class_head"].categories == heads and set(start) == set(space)
+        proposals = tune._proposals(options, [start])
+        assert proposals.set_search_properties("score", "max", space)
+        first = proposals.suggest("1")
+        assert first == pytest.approx(start) and first["class_head"] == ("both" if differentiable else "distilled")
+
+
 def test_a_trial_is_a_training_of_its_own_weights_and_few_pairs() -> None:
     options = TuneOptions(train=PRESETS["quick"].train, weights=PRESETS["quick"].weights, budget=500)
     trial = tune._with(options, {"recon_x": 3.0, "cla2": 0.5, "lr": 7e-4, "class_head": "learned"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -242,10 +243,35 @@ def test_a_batch_that_does_not_fit_is_asked_about_one_by_one(finished: Path) -> 
         return ask(some)
 
     worker._ask = little_memory  # type: ignore[method-assign]
+    kept, encode, encoded = list[weakref.ref[torch.Tensor]](), worker.cae.encode, []
+
+    def little_room(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.append((len(x), sum(one() is not None for one in kept)))
+        if len(x) > 1:
+            kept.append(weakref.ref(x))
+            raise torch.OutOfMemoryError
+        return encode(x)
+
+    worker.cae.encode = little_room  # type: ignore[method-assign]
     rows = worker.explain(["a", "b", "c"], arrays)
     assert asked == [8, 1, 1, 1]
+    assert encoded == [(8, 0), (1, 0), (1, 0), (1, 0)]  # and what there was no room for is gone by then
     assert [(row["id"], row["status"], row["target"]) for row in rows] == [
         (row["id"], row["status"], row["target"]) for row in whole]  # fmt: skip
+
+
+def test_a_broken_accelerator_is_no_fault_of_the_images(finished: Path) -> None:
+    run, given = Run(str(finished)), options(finished, "--mode", "input")
+    worker = ExplainWorker(run, spec=str(finished / "classifier"), names=("plain", "spot"), cae=str(finished / "cae"),
+                           size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=False,
+                           how=path_options(given))  # fmt: skip
+
+    def broken(_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise torch.AcceleratorError
+
+    worker.cae.encode = broken  # type: ignore[method-assign]
+    with pytest.raises(torch.AcceleratorError):
+        worker.explain(["a", "b"], np.zeros((2, 32, 32, 3), np.uint8))
 
 
 def sizes_seen(network: torch.nn.Module) -> set[int]:
