@@ -37,8 +37,6 @@ class Dataset:
     """Licence as its page states it."""
     layout: str
     """Where to put the files inside its folder."""
-    flip: bool = True
-    """Whether mirroring left to right leaves the class as it is."""
 
 
 @dataclass(frozen=True, slots=True)  # an archive may have millions

@@ -106,7 +106,7 @@ def encode_png(array: np.ndarray) -> bytes:
 
 def to_tensor(array: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """A uint8 array (B, H, W, 3) as a float32 tensor (B, 3, H, W) in [-1, 1], in channels-last memory."""
-    tensor = torch.from_numpy(np.array(array, copy=True)).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.array(array, copy=True)).to(device)
     return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 

@@ -165,13 +165,11 @@ def list_parts(run: Run, folder: str) -> list[str]:
 
 def read_table(run: Run, folder: str, columns: list[str] | None = None, parts: list[str] | None = None) -> pa.Table:
     """The parts of a folder of the run, these or all, sorted by id. Of all, hidden folders (`_parts`) are left out."""
-    base = run.fs._strip_protocol(run.path(folder))
     if parts is None:
         parts = [part for part in list_parts(run, folder) if not part.startswith("_")]
     if not parts:
         raise UserError(f"{run.path(folder)} holds no Parquet files")
-    tables = [pq.read_table(f"{base}/{part}", columns=columns, filesystem=run.fs, partitioning=None) for part in parts]
-    return pa.concat_tables(tables).sort_by("id")
+    return pa.concat_tables([read_part(run, f"{folder}/{part}", columns) for part in parts]).sort_by("id")
 
 
 def read_predicted(run: Run, *splits: str) -> np.ndarray:
@@ -194,11 +192,10 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
     """One unit per row group of the image shards, of some splits or all."""
     units = []
-    base = run.fs._strip_protocol(run.path("shards"))
     for part in list_parts(run, "shards"):
         if part.startswith(("_", "rejected")) or (splits and part.split("/")[0].removeprefix("split=") not in splits):
             continue
-        with run.fs.open(f"{base}/{part}") as file:
+        with run.fs.open(run.path("shards", part)) as file:
             groups = pq.ParquetFile(file).metadata
             units += [
                 {
@@ -219,8 +216,7 @@ def split_of(unit: Unit) -> str:
 
 def read_unit(run: Run, unit: Unit, columns: list[str] | None = None) -> pa.Table:
     """The shard rows of a unit."""
-    base = run.fs._strip_protocol(run.path("shards"))
-    with run.fs.open(f"{base}/{unit['shard']}") as file:
+    with run.fs.open(run.path("shards", unit["shard"])) as file:
         return pq.ParquetFile(file).read_row_group(unit["group"], columns)
 
 

@@ -22,7 +22,7 @@ from cae.manifold import smote_codes
 from cae.peers.table import peers
 from pipelines import run as runs
 from pipelines import tables, tracking
-from pipelines.bulk import Unit, bulk, read_table, read_unit, shard_units
+from pipelines.bulk import Unit, bulk, read_part, read_table, read_unit, shard_units
 from pipelines.classify import accuracy_table
 from pipelines.cluster import connect, where
 from pipelines.command_line import command
@@ -115,7 +115,7 @@ def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, A
             # Not smoothed costs what the CAE does; and how many of a few images are inverted is chance.
             timed = {name: how | {"inversion": 0} for name, how in common["modes"].items() if name != UNSMOOTHED}
             bulk(run, options, "evaluate", [plan.timed], TimeWorker, "evaluation/times", **common | {"modes": timed})
-            found["time_per_map"] = tables.time_table(_times(run))
+            found["time_per_map"] = tables.time_table(read_part(run, "evaluation/times/times.parquet").to_pandas())
     for name, table in found.items():
         run.write(f"evaluation/{name}.csv", table.to_csv(index=False).encode())
         tracking.log_folder(run, f"evaluation/{name}.csv")
@@ -128,11 +128,6 @@ def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, A
     return {
         "says": f"swap success {swaps}; AOPC (disjoint) {numbers.get('aopc_disjoint/cae', float('nan')):.3f}"
     } | numbers
-
-
-def _times(run: Run) -> pd.DataFrame:
-    with run.fs.open(run.path("evaluation/times/times.parquet")) as file:
-        return pd.read_parquet(file)
 
 
 def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from cae.explain import explain
 from cae.images import to_array, to_tensor
 from cae.networks import CAE
 from pipelines import tables, tracking
-from pipelines.bulk import read_images
+from pipelines.bulk import read_images, read_part
 from pipelines.explain import path_options
 from pipelines.measure import CONTROLS, SMOOTHED, walk
 from pipelines.run import Run
@@ -36,8 +36,7 @@ FILLS = {"uniform": "noise", "blur": "the image itself, heavily blurred", "inpai
 def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: pd.DataFrame,
                  found: dict[str, pd.DataFrame], headline: str, names: tuple[str, ...]) -> Pictures:  # fmt: skip
     """Class codes, paths between them, perturbation curves, differences of AOPC, and training."""
-    with run.fs.open(run.path("manifold", "projections.parquet")) as file:
-        points = pd.read_parquet(file)
+    points = read_part(run, "manifold/projections.parquet").to_pandas()
     projections = {"PCA": points[["pca_1", "pca_2"]].to_numpy()}
     if points.tsne_1.notna().sum() > 2:
         projections["t-SNE"] = points[["tsne_1", "tsne_2"]].to_numpy()

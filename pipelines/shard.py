@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cae import classifiers, data, dicom, images, sources, synthetic
 from cae.blackboxes import resolve
@@ -24,7 +23,7 @@ from cae.config import PRESETS
 from cae.data import Item
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, write_table
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, read_part, write_table
 from pipelines.cluster import connect
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
@@ -97,7 +96,8 @@ def shard(run: Run, options: ShardOptions, names: list[str], units: list[Unit], 
     _start_over_if_changed(run, listing(units, version)[:16])
     bulk(run, options, "shard", units, ShardWorker, "shards/_parts", on_gpu=False, **arguments)
 
-    rejected = pa.concat_tables([_read(run, part) for part in list_parts(run, "shards/_parts")])
+    parts = list_parts(run, "shards/_parts")
+    rejected = pa.concat_tables([read_part(run, f"shards/_parts/{part}") for part in parts])
     write_table(run, "shards/rejected.parquet", rejected.sort_by("id"))
     accepted = [part for part in list_parts(run, "shards") if part.startswith("split=")]
     if not accepted:
@@ -135,16 +135,10 @@ def read_index(run: Run) -> pa.Table:
     tables = []
     for part in list_parts(run, "shards"):
         if part.startswith("split="):
-            table = _read(run, part, ["id", "label", "class_name", "group", "grey"])
+            table = read_part(run, f"shards/{part}", ["id", "label", "class_name", "group", "grey"])
             split = part.split("/")[0].removeprefix("split=")
             tables.append(table.append_column("split", pa.array([split] * len(table), pa.string())))
     return pa.concat_tables(tables).sort_by("id")
-
-
-def _read(run: Run, part: str, columns: list[str] | None = None) -> pa.Table:
-    folder = "shards" if part.startswith("split=") else "shards/_parts"
-    with run.fs.open(run.path(folder, part)) as file:
-        return pq.ParquetFile(file).read(columns)
 
 
 def _ranges(count: int) -> list[Unit]:

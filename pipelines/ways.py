@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cae.manifold import TrainingCodes
-from pipelines.bulk import matrix, read_table
+from pipelines.bulk import matrix, read_part, read_table
 from pipelines.embed import CANDIDATES
 from pipelines.mistakes import UserError
 from pipelines.run import Run
@@ -28,8 +27,7 @@ MOST_DONORS = {"medoid": CANDIDATES, "random": 32, "nearest": 32}  # that an ima
 
 def read_medoids(run: Run) -> dict[int, tuple[list[str], np.ndarray]]:
     """Class index -> ids (n,) and class codes (n, D) of the training images tried for it, the best first."""
-    with run.fs.open(run.path("manifold", "counter_codes.parquet")) as file:
-        table = pq.read_table(file)
+    table = read_part(run, "manifold/counter_codes.parquet")
     parts = {label: table.filter(pc.equal(table["label"], label)) for label in table["label"].unique().to_pylist()}
     return {label: (part["id"].to_pylist(), _codes(part)) for label, part in parts.items()}
 
