@@ -1,19 +1,20 @@
-"""Which path, counter code, number of them and blur make the best maps? AOPC over disjoint patches, on split val.
+"""Which path, counter code, number of them, blur and mode make the best maps? AOPC over disjoint patches, on split val.
 
-Of a finished run, on images that the classifier gets right, in the run's mode: the defaults, and each of the choices
-that explain has instead, one at a time, under every fill and by their mean, with the mean of the choice's value minus
-the defaults' and its 95% interval (paired, images of one patient or group drawn together). Test is not looked at. The
-table goes to a CSV beside this file.
+Of a finished run, on images that the classifier gets right: the defaults, and each of the choices that explain has
+instead, one at a time, under every fill and by their mean, with the mean of the choice's value minus the defaults' and
+its 95% interval (paired, images of one patient or group drawn together); and any peer that `--only` names. Defaults are
+chosen on val; test is for looking at what was chosen. The table goes to a CSV beside this file.
 
 python benchmarks/choices.py --run runs/chest_xray-quick
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,13 +26,14 @@ from torch import Tensor
 from cae import metrics
 from cae.classifiers import BlackBox
 from cae.explain import choose_mode, explain, over_donors
-from cae.images import to_tensor
+from cae.images import blur, to_tensor
 from cae.networks import CAE
+from cae.peers.table import peers
 from pipelines.bulk import read_images, read_table
 from pipelines.command_line import parse
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.maps import BATCH
-from pipelines.measure import HEADLINE, waypoints_of
+from pipelines.measure import HEADLINE, SMOOTHED, waypoints_of
 from pipelines.run import Run
 from pipelines.shard import read_index
 from pipelines.ways import read_ways
@@ -51,6 +53,9 @@ CHOICES: Mapping[str, dict[str, Any]] = {
     "not smoothed": {"smooth": 0.0},
     "smooth 0.025": {"smooth": 0.025},
     "smooth 0.1": {"smooth": 0.1},
+    "path": {"mode": "path"},
+    "patch": {"mode": "patch"},
+    "evidence": {"mode": "evidence"},
 }
 
 
@@ -60,8 +65,13 @@ class Options:
 
     run: str
     """Finished run folder."""
+    only: tuple[str, ...] = tuple(CHOICES)
+    """What to measure: choices, and peers by their names in tables (`FullGrad`; `occlusion, smoothed` after the blur
+    that the CAE's maps get)."""
+    split: Literal["val", "test"] = "val"
+    """Split of the images."""
     images: int = 200
-    """Images of the split val, at most."""
+    """Images of the split, at most."""
     draws: int = 5
     """Random fills that AOPC under noise is averaged over."""
     seed: int = 0
@@ -88,7 +98,7 @@ def main(options: Options) -> None:
     run = Run(options.run)
     blackbox, cae = networks(run)
     table = read_table(run, "predictions", ["id", "split", "label", "predicted", "probabilities"]).to_pandas()
-    right = table[(table.split == "val") & (table.label == table.predicted)]
+    right = table[(table.split == options.split) & (table.label == table.predicted)]
     chosen = right.sample(min(options.images, len(right)), random_state=options.seed)
     index = read_index(run)
     group_of = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
@@ -99,8 +109,13 @@ def main(options: Options) -> None:
     source, target = order[:, 0], order[:, 1]
     steps = metrics.disjoint_steps(base.model.image_size, HEADLINE)
     rows, first = [], torch.zeros(0)
-    for name, changes in CHOICES.items():
-        heat, flipped = maps_by(run, replace(base, **changes), cae, blackbox, chosen.id.to_list(), x, source, target)
+    for name in dict.fromkeys((DEFAULTS, *options.only)):  # against which all others are held
+        if name in CHOICES:
+            how = replace(base, **CHOICES[name])
+            heat, flipped = maps_by(run, how, cae, blackbox, chosen.id.to_list(), x, source, target)
+        else:
+            heat, flipped = peers(cae)[name.removesuffix(SMOOTHED)].maps(blackbox, x, source).detach(), math.nan
+            heat = blur(heat, base.smooth) if name.endswith(SMOOTHED) else heat
         by_fill = {
             fill: metrics.perturbation_curve(
                 blackbox, x, heat, source, steps=steps, fill=fill, seed=options.seed,
@@ -113,7 +128,7 @@ def main(options: Options) -> None:
         difference, low, high = metrics.paired_bootstrap(mean, first, groups=groups)
         rows.append({
             **here_and_now(), "run": Path(options.run).name,
-            "images": len(x), "choice": name, "flipped": f"{flipped:.3f}",
+            "images": len(x), "split": options.split, "choice": name, "flipped": f"{flipped:.3f}",
             **{fill: f"{float(value.mean()):.3f}" for fill, value in by_fill.items()},
             "mean": f"{float(mean.mean()):.3f}", "this_minus_defaults": f"{difference:.3f}",
             "low": f"{low:.3f}", "high": f"{high:.3f}",

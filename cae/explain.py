@@ -78,6 +78,15 @@ def images_at_once(x: Tensor, blackbox: BlackBox) -> int:
     return max(1, (CPU_PIXELS_AT_ONCE if cached else PIXELS_AT_ONCE) // pixels)
 
 
+def spacing(window: int) -> int:
+    """Pixels from one window of `window` pixels to the next: about half of them, and odd.
+
+    Even steps, multiples of a network's strides, stand the same way to its grid everywhere, and what it would say of
+    other places is never asked.
+    """
+    return window // 2 | 1
+
+
 def along(corners: Tensor, t: Tensor) -> Tensor:
     """Class codes (B, D) at shares t (B,) of the way, by its length, along polylines with `corners` (B, N + 1, D)."""
     length = corners.diff(dim=1).norm(dim=2).cumsum(1)  # (B, N): from the start to each corner after it
@@ -341,7 +350,7 @@ def _windows(blackbox: BlackBox, x: Tensor, content: Tensor, source: Tensor, tar
 
     With f b's target minus source logit, and m the mask of a window of `window` pixels a side: the mean over the
     window's area of f(x with the content inside m) - f(x). A pixel has the mean over the windows that cover it, which
-    stand half a window apart, those at the right and lower border as far in as needed. So it is logits a pixel, as
+    stand `spacing` apart, those at the right and lower border as far in as needed. So it is logits a pixel, as
     `_integrated` is; for a linear f it is that of content - x averaged over windows. The logit and not the probability,
     which hardly moves by any window of an image that b is sure of, though that is where most images are; it takes the
     outputs only, for a softmax's log odds are that difference.
@@ -350,7 +359,7 @@ def _windows(blackbox: BlackBox, x: Tensor, content: Tensor, source: Tensor, tar
 
     def masks(size: int) -> Tensor:
         """Which of the rows (or columns) each window covers: bool (windows, size)."""
-        begins = torch.tensor([*range(0, size - window, max(1, window // 2)), size - window], device=x.device)[:, None]
+        begins = torch.tensor([*range(0, size - window, spacing(window)), size - window], device=x.device)[:, None]
         place = torch.arange(size, device=x.device)
         return (begins <= place) & (place < begins + window)
 
