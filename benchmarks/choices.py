@@ -1,9 +1,9 @@
 """Which path, counter code, number of them, blur and mode make the best maps? AOPC over disjoint patches, on split val.
 
 Of a finished run, on images that the classifier gets right: the defaults, and each of the choices that explain has
-instead, one at a time, under every fill and by their mean, with the mean of the choice's value minus the defaults' and
-its 95% interval (paired, images of one patient or group drawn together); and any peer that `--only` names. Defaults are
-chosen on val; test is for looking at what was chosen. The table goes to a CSV beside this file.
+instead, one at a time, under every fill and by their mean, with the 95% intervals of the choice's values minus those of
+the defaults, or of `--against` (paired, images of one patient or group drawn together); and any peer that `--only`
+names. Defaults are chosen on val; test is for looking at what was chosen. The table goes to a CSV beside this file.
 
 python benchmarks/choices.py --run runs/chest_xray-quick
 """
@@ -68,6 +68,8 @@ class Options:
     only: tuple[str, ...] = tuple(CHOICES)
     """What to measure: choices, and peers by their names in tables (`FullGrad`; `occlusion, smoothed` after the blur
     that the CAE's maps get)."""
+    against: str = DEFAULTS
+    """The one of these that intervals are of differences to."""
     split: Literal["val", "test"] = "val"
     """Split of the images."""
     images: int = 200
@@ -108,8 +110,9 @@ def main(options: Options) -> None:
     order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(dim=1, descending=True, stable=True)
     source, target = order[:, 0], order[:, 1]
     steps = metrics.disjoint_steps(base.model.image_size, HEADLINE)
-    rows, first = [], torch.zeros(0)
-    for name in dict.fromkeys((DEFAULTS, *options.only)):  # against which all others are held
+    rows: list[dict[str, Any]] = []
+    first: dict[str, Tensor] = {}
+    for name in dict.fromkeys((options.against, *options.only)):
         if name in CHOICES:
             how = replace(base, **CHOICES[name])
             heat, flipped = maps_by(run, how, cae, blackbox, chosen.id.to_list(), x, source, target)
@@ -123,15 +126,15 @@ def main(options: Options) -> None:
             ).mean(1)
             for fill in get_args(metrics.Fill)
         }  # fmt: skip
-        mean = torch.stack(list(by_fill.values())).mean(0)
-        first = mean if name == DEFAULTS else first
-        difference, low, high = metrics.paired_bootstrap(mean, first, groups=groups)
+        by_fill["mean"] = torch.stack(list(by_fill.values())).mean(0)
+        first = first or by_fill
+        apart = {fill: metrics.paired_bootstrap(value, first[fill], groups=groups) for fill, value in by_fill.items()}
         rows.append({
             **here_and_now(), "run": Path(options.run).name,
             "images": len(x), "split": options.split, "choice": name, "flipped": f"{flipped:.3f}",
-            **{fill: f"{float(value.mean()):.3f}" for fill, value in by_fill.items()},
-            "mean": f"{float(mean.mean()):.3f}", "this_minus_defaults": f"{difference:.3f}",
-            "low": f"{low:.3f}", "high": f"{high:.3f}",
+            **{fill: f"{float(value.mean()):.3f}" for fill, value in by_fill.items()}, "against": options.against,
+            **{f"{fill}_{end}": f"{limit:.3f}" for fill, (_, *limits) in apart.items()
+               for end, limit in zip(("low", "high"), limits, strict=True)},
         })  # fmt: skip
         say(rows[-1])
     append(TABLE, rows)
