@@ -129,9 +129,9 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     - `auto`: `integrated`, or `patch` where b has no gradient;
     - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
     - `evidence`: `integrated`, and what a window of the image does to b where it is replaced by the counterfactual,
-      where it is greyed, and (twice) where it loses its texture, replaced by the blurred reconstruction: parts of one
-      unit, logits a pixel, added up. So it counts what makes the other class, asked for by gradient and by queries, and
-      what the own one needs, shape or texture; see `_windows`;
+      where it is greyed, and where it loses its texture, replaced by the blurred reconstruction: parts of one unit,
+      logits a pixel, added up. So it counts what makes the other class, asked for by gradient and by queries, and what
+      the own one needs, shape or texture; see `_windows`;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_windows`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
@@ -229,7 +229,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     if smooth:
         heat = blur(heat, smooth)
     if mode == "evidence":
-        asked = windows(x, end) + windows(x, torch.zeros_like(x)) + 2 * windows(x, blur(walked[:, 0], WITHOUT_TEXTURE))
+        contents = end, torch.zeros_like(x), blur(walked[:, 0], WITHOUT_TEXTURE)
+        asked = torch.stack([windows(x, content) for content in contents]).sum(0)
         heat += blur(asked, smooth / 2) if smooth else asked
     # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
     # where the images differ, whatever the classifier.

@@ -77,7 +77,7 @@ class ExplainOptions(EmbedOptions):
     """How far, in probability, the target must be ahead of every other class to end the path."""
     inversion: int = 8
     """Steps, at most, that fit the individual code to an image whose reconstruction the classifier gives another class,
-    by its pixels alone, until it gives the right one twice; 0: none, as in the paper."""
+    by its pixels alone, until it gives the right one twice, so 2 at least; 0: none, as in the paper."""
     frames: bool = False
     """Keep the frames of every path as PNG in the Parquet files; `--steps` says how many."""
     overlays: int = 24

@@ -246,8 +246,7 @@ def test_evidence_is_the_sum_of_its_parts() -> None:
     way = torch.stack([x, end], 1)
     one = torch.ones(3, dtype=int)
     expected = cae.explain._integrated(b, way, one, source, target, at_once=9)
-    without_texture = cae.explain.blur(rec, cae.explain.WITHOUT_TEXTURE)
-    contents = (end, 0 * x, without_texture, without_texture)  # what takes the texture counts twice
+    contents = (end, 0 * x, cae.explain.blur(rec, cae.explain.WITHOUT_TEXTURE))
     asked = torch.stack([
         sum(slow_windows(b, x[k], content[k], source[k], target[k], 8) for content in contents) for k in range(3)
     ])  # fmt: skip
