@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ def players() -> tuple[CAE, Discriminator, Tensor]:
     for p in discriminator.parameters():
         nn.init.normal_(p, std=0.2)
     return cae, discriminator, random(6, 3, 32, 32).tanh()
+
+
+def linear_blackbox() -> nn.Module:
+    """Of three classes."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)).double().requires_grad_(False)
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
@@ -110,8 +116,12 @@ def share(logits: Tensor, index: int) -> Tensor:
     return logits[0].logsumexp(0) - logits[0, index]
 
 
-def eq_7(cae: CAE, d: Discriminator, x_a: Tensor, x_b: Tensor, y_a: int, y_b: int, w: LossWeights) -> dict[str, Tensor]:
-    """The twelve terms of Eq. 7 and our `keep` for one pair, each from its own passes, summed over both members."""
+def eq_7(cae: CAE, d: Discriminator, x_a: Tensor, x_b: Tensor, y_a: int, y_b: int, w: LossWeights,
+         heads: Sequence[Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:  # fmt: skip
+    """The twelve terms of Eq. 7 and our `keep` for one pair, each from its own passes, summed over both members.
+
+    Eq. 6 asks every one of `heads`, image -> logits of its classes; `keep` asks the first.
+    """
     terms: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.double) for name in vars(LossWeights())}
     for (x1, x2), y1, y2 in (
         ((x_a, x_b), y_a, y_b),
@@ -125,8 +135,9 @@ def eq_7(cae: CAE, d: Discriminator, x_a: Tensor, x_b: Tensor, y_a: int, y_b: in
         there = cae.individual_encoder(cae.decode(c2, s1))
         terms["cyc_x"] = terms["cyc_x"] + l1(cae.decode(c1, there), x1)  # Eq. 4
         terms["adv1"] = terms["adv1"] + share(d(cae.decode(c2, s1))[:, :2], 1)  # Eq. 5
-        terms["cla1"] = terms["cla1"] + share(d(cae.decode(c2, s1))[:, 2:], y2)  # Eq. 6
-        terms["keep"] = terms["keep"] + share(d(cae.decode(c1, s1))[:, 2:], y1)
+        for head in heads:
+            terms["cla1"] = terms["cla1"] + share(head(cae.decode(c2, s1)), y2)  # Eq. 6
+        terms["keep"] = terms["keep"] + share(heads[0](cae.decode(c1, s1)), y1)
     generator = [name for name in terms if name not in ("adv2", "cla2")]
     return terms | {"loss_g": torch.stack([getattr(w, name) * terms[name] for name in generator]).sum()}
 
@@ -166,13 +177,20 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.7])
-def test_generator_objective_is_eq_7_one_pair_at_a_time(keep: float) -> None:
+@pytest.mark.parametrize("class_head", ["learned", "blackbox", "both"])  # of this player, `distilled` is `learned`
+def test_generator_objective_is_eq_7_one_pair_at_a_time(class_head: ClassHead, keep: float) -> None:
     cae, discriminator, x = players()
-    weights = replace(WEIGHTS, keep=keep)
-    slow = one_by_one(eq_7, cae, discriminator, x, "loss_g", weights)
+    weights, blackbox = replace(WEIGHTS, keep=keep), linear_blackbox()
+
+    def own(image: Tensor) -> Tensor:
+        return discriminator(image)[:, 2:]
+
+    heads = {"learned": [own], "blackbox": [blackbox], "both": [blackbox, own]}[class_head]
+    slow = one_by_one(partial(eq_7, heads=heads), cae, discriminator, x, "loss_g", weights)
     expected = gradients(cae)
     cae.zero_grad()
-    terms, swap = GeneratorObjective(cae, discriminator, weights)(x, Y)
+    asked = None if class_head == "learned" else blackbox
+    terms, swap = GeneratorObjective(cae, discriminator, weights, asked, both=class_head == "both")(x, Y)
     terms["loss_g"].backward()
     codes = cae.class_encoder(x).detach()
     deviation = ((codes - codes.mean(0)) ** 2).sum(0).div(5).sqrt().mean()
@@ -242,7 +260,7 @@ def test_distilled_adds_the_black_box_on_swaps() -> None:
 
 def test_blackbox_takes_the_black_box_for_the_class_head() -> None:
     cae, discriminator, x = players()
-    blackbox = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)).double().requires_grad_(False)
+    blackbox = linear_blackbox()
     learned, swap = GeneratorObjective(cae, discriminator, WEIGHTS)(x, Y)
     objective = GeneratorObjective(cae, discriminator, WEIGHTS, blackbox)
     terms, _ = objective(x, Y)
