@@ -219,6 +219,32 @@ def test_tables_of_nothing_are_empty_and_have_columns() -> None:
     assert tables.ways_by_direction(none, "test", NAMES) == {}
 
 
+def test_swaps_are_told_by_direction() -> None:
+    # (source, target) -> swaps that the classifier gives the target, the source and the third class; no two shares are
+    # alike. The reconstruction of one image in each direction has another class.
+    given = {(0, 1): (2, 0, 0), (0, 2): (2, 1, 0), (1, 0): (1, 1, 2), (1, 2): (4, 0, 1), (2, 0): (3, 2, 1),
+             (2, 1): (0, 3, 4)}  # fmt: skip
+    rows = pd.DataFrame([
+        {"split": "test", "donor": "x", "source": a, "swap_target": b, "swap_predicted": predicted,
+         "reconstruction_predicted": a if k else b, "reconstruction_error": a + b / 10, "oracle_swap": None}
+        for (a, b), counts in given.items()
+        for k, predicted in enumerate(np.repeat([b, a, 3 - a - b], counts))
+    ])  # fmt: skip
+    without_donor = rows[:1].assign(donor=None, swap_target=None, swap_predicted=None)
+    table = tables.swap_table(pd.concat([without_donor, rows]).sample(frac=1, random_state=0), ("no", "one", "two"))
+    assert (table.split == "test").all() and "oracle_success" not in table
+    found = table.set_index("direction")[["images", "success", "reconstruction_keeps_class", "reconstruction_error"]]
+    expected = {
+        "all": (27, 12 / 27, 21 / 27, sum(sum(n) * (a + b / 10) for (a, b), n in given.items()) / 27),
+        "no to one": (2, 2 / 2, 1 / 2, 0.1), "no to two": (3, 2 / 3, 2 / 3, 0.2),
+        "one to no": (4, 1 / 4, 3 / 4, 1.0), "one to two": (5, 4 / 5, 4 / 5, 1.2),
+        "two to no": (6, 3 / 6, 5 / 6, 2.0), "two to one": (7, 0 / 7, 6 / 7, 2.1),
+    }  # fmt: skip
+    assert set(found.index) == set(expected) and len(found) == 7
+    for direction, row in expected.items():
+        np.testing.assert_allclose(found.loc[direction], row, err_msg=direction)
+
+
 def test_swaps_are_told_by_how_sure_the_classifier_is_of_the_image() -> None:
     sure = {"a": [0.4, 0.6], "b": [0.7, 0.3], "c": [0.8, 0.2], "d": [0.0, 1.0], "e": [0.0, 1.0]}
     rows = pd.DataFrame({
