@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     """Measure, append to the table, draw."""
     run = Run(options.run)
     blackbox, cae = networks(run)
-    x, source, target = examples(run, blackbox, options.images, options.seed)
+    x, source, target, groups = examples(run, blackbox, options.images, options.seed)
     found = methods(run, cae)
     unknown = [name for name in options.only if name not in found]
     if unknown:
@@ -82,7 +82,7 @@ def main(options: Options) -> None:
 
     def compare(level: str, others: dict[str, Tensor]) -> None:
         new = [common | {"method": name, "queries": asked[name], "drawn_anew_down_to": level}
-               | alikeness(heat, others[name]) for name, heat in original.items()]  # fmt: skip
+               | alikeness(heat, others[name], groups[: len(heat)]) for name, heat in original.items()]  # fmt: skip
         append(TABLE, new)
         rows.extend(new)
         print(f"{level}  {time.time() - begun:.0f} s", flush=True)

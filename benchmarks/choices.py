@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import tyro
-from methods import networks
+from methods import groups_of, networks
 from record import append, here_and_now, say
 from torch import Tensor
 
@@ -35,7 +35,6 @@ from pipelines.explain import ExplainOptions, path_options
 from pipelines.maps import BATCH
 from pipelines.measure import HEADLINE, SMOOTHED, waypoints_of
 from pipelines.run import Run
-from pipelines.shard import read_index
 from pipelines.ways import read_ways
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -102,9 +101,7 @@ def main(options: Options) -> None:
     table = read_table(run, "predictions", ["id", "split", "label", "predicted", "probabilities"]).to_pandas()
     right = table[(table.split == options.split) & (table.label == table.predicted)]
     chosen = right.sample(min(options.images, len(right)), random_state=options.seed)
-    index = read_index(run)
-    group_of = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
-    groups = np.array([group_of[name] for name in chosen.id])
+    groups = groups_of(run, chosen.id)
     base = parse(ExplainOptions, ["--run", options.run])
     x = to_tensor(read_images(run, chosen.id.to_numpy(), base.model.image_size, base.fit))
     order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(dim=1, descending=True, stable=True)

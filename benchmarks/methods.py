@@ -1,8 +1,9 @@
-"""What the sanity benchmarks share: a run's networks and images, the maps of every method, and how alike they are."""
+"""What benchmarks share: a run's networks and images, which of these belong together, the maps of every method, and how
+alike they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -22,6 +23,7 @@ from pipelines.cluster import place
 from pipelines.explain import read_counter_codes
 from pipelines.maps import BATCH
 from pipelines.run import Run
+from pipelines.shard import read_index
 
 Method = Callable[[BlackBox, Tensor, Tensor, Tensor], Tensor]
 """Classifier, images (B, 3, H, W), the class it gives them (B,), the class to walk to (B,) -> maps (B, H, W)."""
@@ -34,15 +36,24 @@ def networks(run: Run) -> tuple[BlackBox, CAE]:
     return place(blackbox, "cpu"), place(training.load(run.path("cae")), "cpu")
 
 
-def examples(run: Run, blackbox: BlackBox, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of the split val (all, where there are fewer), the classifier's class for each and its second choice."""
+def groups_of(run: Run, ids: Iterable[str]) -> list[str]:
+    """What each image is drawn together with in intervals, as in stage evaluate: images of its patient or group, where
+    that is known, else its copies and the frames of its file."""
+    index = read_index(run)
+    known = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
+    return [known[name] or name.rpartition("#")[2] for name in ids]
+
+
+def examples(run: Run, blackbox: BlackBox, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Images of the split val (all, where there are fewer), the classifier's class for each and its second choice, and
+    the images' groups."""
     table = read_table(run, "codes", ["id", "split"]).to_pandas()
     ids = table[table.split == "val"].id
     ids = ids.sample(min(count, len(ids)), random_state=seed).to_numpy()
     options = run.state["options"]
     x = to_tensor(read_images(run, ids, options["model"]["image_size"], options["fit"]))
     order = blackbox.probabilities(x).argsort(dim=1, descending=True, stable=True)
-    return x, order[:, 0], order[:, 1]
+    return x, order[:, 0], order[:, 1], groups_of(run, ids)
 
 
 def methods(run: Run, cae: CAE) -> dict[str, Method]:
@@ -55,10 +66,11 @@ def methods(run: Run, cae: CAE) -> dict[str, Method]:
     return modes | {name: partial(_of_peer, peer) for name, peer in peers(cae).items()}
 
 
-def alikeness(a: Tensor, b: Tensor) -> dict[str, object]:
-    """How alike each two maps of a and b (N, H, W) are, mean over N; of the rank correlation with its 95% interval."""
+def alikeness(a: Tensor, b: Tensor, groups: Sequence[str] | None = None) -> dict[str, object]:
+    """How alike each two maps of a and b (N, H, W) are, mean over N; of the rank correlation with its 95% interval, for
+    which images of one of the `groups` (N) are drawn together."""
     rank = rank_correlation(a, b)
-    mean, low, high = paired_bootstrap(rank, torch.zeros_like(rank))
+    mean, low, high = paired_bootstrap(rank, torch.zeros_like(rank), groups=groups)
     return {"images": len(rank), "spearman": f"{mean:.3f}", "low": f"{low:.3f}", "high": f"{high:.3f}",
             "ssim": f"{float(structural_similarity(a, b).mean()):.3f}"}  # fmt: skip
 

@@ -71,7 +71,7 @@ def main(options: Options, rest: list[str]) -> None:
     """Measure and append to the table."""
     run = Run(options.run)
     blackbox, cae = networks(run)
-    given = examples(run, blackbox, options.images, options.seed)
+    *given, groups = examples(run, blackbox, options.images, options.seed)
     original = methods(run, cae)[MAPS](blackbox, *given)
     *_, (_, random) = cascade(blackbox, options.seed)
     others = {"other image": original.roll(1, 0), "random weights": methods(run, cae)[MAPS](random, *given)}
@@ -95,7 +95,7 @@ def main(options: Options, rest: list[str]) -> None:
     for name, heat in others.items():
         rows.append({
             **here_and_now(), "run": Path(options.run).name,
-            "maps": name, **alikeness(original, heat),
+            "maps": name, **alikeness(original, heat, groups),
         })  # fmt: skip
         say(rows[-1])
     append(TABLE, rows)

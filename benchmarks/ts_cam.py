@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
+from methods import groups_of
 from record import append, here_and_now
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
@@ -94,8 +95,9 @@ def predictions(net: TSCAM, images: Tensor) -> np.ndarray:
 
 
 def aopc_rows(classifier: metrics.Classifier, images: Tensor, target: Tensor, maps: dict[str, Tensor], draws: int,
-              seed: int) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each fill and method: AOPC over disjoint patches, and by how much TS-CAM is ahead, paired."""
+              seed: int, groups: list[str]) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each fill and method: AOPC over disjoint patches, and by how much TS-CAM is ahead, paired, with images
+    of a group drawn together."""
     steps, rows = metrics.disjoint_steps(images.shape[2]), []
     for fill in get_args(metrics.Fill):
         scores = {}
@@ -105,7 +107,7 @@ def aopc_rows(classifier: metrics.Classifier, images: Tensor, target: Tensor, ma
             )
             scores[name] = metrics.aopc(curve)
         for name, score in scores.items():
-            ahead, low, high = metrics.paired_bootstrap(scores["TS-CAM"], score)
+            ahead, low, high = metrics.paired_bootstrap(scores["TS-CAM"], score, groups=groups)
             rows.append({"fill": fill, "maps": name, "aopc": f"{float(score.mean()):.4f}",
                          "ts_cam_ahead_by": f"{ahead:.4f}", "low": f"{low:.4f}", "high": f"{high:.4f}"})  # fmt: skip
     return rows
@@ -150,10 +152,10 @@ def main(options: Options) -> None:
         "centre": controls.centre(x),
         "|x - reconstruction|": controls.reconstruction_error(x, reconstruction),
     }
-    rows = []
+    rows, groups = [], groups_of(run, some.id)
     for name, classifier in (("own", net), ("b", blackbox)):
         measured = maps | {"occlusion": occlusion(classifier, x, target)}
-        for row in aopc_rows(classifier, x, target, measured, options.draws, options.seed):
+        for row in aopc_rows(classifier, x, target, measured, options.draws, options.seed, groups):
             rows.append(numbers | {"images": len(x), "explained": name} | row)
             print("  ".join(f"{key} {value}" for key, value in ({"explained": name} | row).items()), flush=True)
     append(TABLE, rows)
