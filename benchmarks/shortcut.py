@@ -70,7 +70,7 @@ class Options:
     images: int = 100
     """Test images of each class, at most."""
     tolerance: int = 2
-    """Pixels that a peak may lie beside the marker."""
+    """Pixels that a peak may lie beside the marker, to be on it; `peak_inside` allows none."""
     seed: int = 0
     """Seed of the markers' places, of the test images and of the pipeline."""
 
@@ -241,12 +241,12 @@ def share(hits: Tensor) -> float:
 
 
 def of_maps(maps: Tensor, mask: Tensor, tolerance: int) -> dict[str, object]:
-    """How many peaks lie on the marker, with Wilson's 95% interval, which has a width where all do too; how much of the
-    maps does, and of the images."""
+    """How many peaks lie on the marker or up to `tolerance` pixels beside it, with Wilson's 95% interval, which has a
+    width where all do too; how many inside it; how much of the maps lies on it, and of the images."""
     hits = int(pointing_game(maps, mask, tolerance).sum())
     low, high = binomtest(hits, len(maps)).proportion_ci(method="wilson")
     return {"images": len(maps), "peak_on_marker": f"{hits / len(maps):.3f}",
-            "low": f"{low:.3f}", "high": f"{high:.3f}",
+            "low": f"{low:.3f}", "high": f"{high:.3f}", "peak_inside": f"{share(pointing_game(maps, mask)):.3f}",
             "energy": f"{float(energy_in_mask(maps, mask).mean()):.3f}",
             "area": f"{float(mask.float().mean()):.3f}"}  # fmt: skip
 
