@@ -205,15 +205,16 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
     begun_before = run.state["stages"].get(name, {})
     if begun_before and begun_before["options"] != decisive:
         _drop(run, name)
-        begun_before["calls"] = 0
+        begun_before |= {"calls": 0, "seconds": 0.0}
+    spent, begun = _spent(run, name, begun_before), time.time()
     calls = begun_before.get("calls", int(bool(begun_before))) + 1  # an earlier version did not count
-    run.state["stages"][name] = begun_before | {"options": decisive, "mistake": False, "calls": calls}
+    noted = {"options": decisive, "mistake": False, "calls": calls, "seconds": spent, "begun": begun}
+    run.state["stages"][name] = begun_before | noted
     run.save()
-    begun = time.time()
     try:
         with tracking.tracked(run, options, experiment, name, flat(options), set(_flat(decisive))):
             result = work()
-            seconds = time.time() - begun
+            seconds = spent + time.time() - begun
             tracking.log_metrics(
                 {f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)}
             )
@@ -228,6 +229,16 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
     says = result.get("says", "done")
     print(f"{name:9} {says}  ({seconds:.0f} s)", flush=True)
     return result
+
+
+def _spent(run: Run, name: str, state: dict[str, Any]) -> float:
+    """Seconds that calls of a stage took that were stopped, by what is noted of it: each until the last file that it
+    left, as nothing is known of the time after."""
+    if "begun" not in state:  # no call, or one of an earlier version
+        return 0.0
+    files = [path for left in WRITES[name] for path in run.fs.find(run.path(left))]
+    last = max((run.fs.modified(path).timestamp() for path in files), default=0.0)
+    return state["seconds"] + max(last - state["begun"], 0.0)
 
 
 def refuse_unfinished(run: Run, options: RunOptions, needs: tuple[str, ...]) -> None:

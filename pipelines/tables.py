@@ -359,7 +359,7 @@ def time_table(times: pd.DataFrame) -> pd.DataFrame:
 def training_table(stages: Mapping[str, Any], history: Mapping[str, Sequence[tuple[int, float]]]) -> pd.DataFrame:
     """Table VI: seconds of each stage that learns, from run.json; of the embedding, pairs and pairs a second.
 
-    A stage that was stopped and called again has the seconds of the last of its `calls`.
+    Seconds are those of all `calls` of a stage, of one that was stopped until the last file that it left.
     """
     out = []
     for stage, what in (("classify", "classifier"), ("train", "embedding"), ("embed", "codes and manifold")):

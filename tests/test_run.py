@@ -6,9 +6,11 @@ import dataclasses
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import mlflow
 import pyarrow as pa
@@ -176,6 +178,46 @@ def test_a_file_of_several_tables_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError):
         write_table(run, "a/c.parquet", broken())
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.parquet"]
+
+
+def test_seconds_of_a_stage_are_those_of_all_its_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, logged = 1e9, []
+    monkeypatch.setattr(runs, "time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr(tracking, "open_experiment", lambda *_: None)
+    monkeypatch.setattr(tracking, "tracked", lambda *_: nullcontext())
+    monkeypatch.setattr(tracking, "log_metrics", lambda metrics: logged.append(metrics["embed/seconds"]))
+
+    def call(seconds: float, left: tuple[float, ...], stop: BaseException | None = None, **more: Any) -> dict:
+        def work() -> dict[str, Any]:
+            nonlocal now
+            for name, after in enumerate(left):
+                run.write(f"codes/{name}.parquet", b"")
+                os.utime(run.path(f"codes/{name}.parquet"), (now + after, now + after))
+            now += seconds
+            if stop:
+                raise stop
+            return {}
+
+        nonlocal now
+        options = EmbedOptions(**{"run": str(tmp_path / "run")} | more)
+        run = Run(options.run)
+        with pytest.raises(type(stop)) if stop else nullcontext():
+            runs.run_stage("embed", options, lambda *_: work, embed.OWN)
+        now += 3600  # until somebody calls again
+        return Run(options.run).state["stages"]["embed"]
+
+    call(100, (30, 70), KeyboardInterrupt())
+    call(50, (), KeyboardInterrupt())  # to begin with, only what the other left is there
+    call(10, (8,), ConnectionError())
+    done = call(20, (5, 19))
+    assert done["seconds"] == logged.pop() == 70 + 8 + 20 and done["calls"] == 4
+    call(30, (5,), KeyboardInterrupt(), again=True)
+    done = call(40, ())
+    assert done["seconds"] == logged.pop() == 5 + 40 and done["calls"] == 2
+    for _ in range(2):  # a mistake: with other options it starts over
+        call(30, (5,), ValueError(), run=str(tmp_path / "other"))
+    done = call(40, (), run=str(tmp_path / "other"), seed=1)
+    assert done["seconds"] == logged.pop() == 40 and done["calls"] == 1
 
 
 def test_workers_are_told_what_nobody_has_told_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,7 +321,7 @@ def test_seconds_are_ordered_and_held_against_cae() -> None:
 
 
 def test_training_has_the_rate_that_was_logged_last() -> None:
-    stages = {"classify": {"seconds": 10.0}, "train": {"seconds": 60.0, "calls": 2}}
+    stages = {"classify": {"seconds": 10.0}, "train": {"seconds": 60.0, "calls": 2}}  # of both calls
     table = tables.training_table(stages, {"pairs_per_second": [(200, 4.0), (400, 5.0)]}).set_index("stage")
     assert table.seconds["classify"] == 10 and table.seconds["train"] == 60 and pd.isna(table.seconds["embed"])
     assert (table.pairs["train"], table.pairs_per_second["train"], table.calls["train"]) == (400, 5.0, 2)
