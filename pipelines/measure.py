@@ -358,9 +358,11 @@ class MeasureWorker:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> list[Any]:
-        """What b's last linear layer is given, for KID; None for each image if it has none."""
+        """What the last linear layer is given, for KID; None for each image if there is none. The oracle's, where there
+        is one: b's own gradient may have trained the CAE to make whatever b takes for an image of a class."""
+        judge = self.blackbox if self.oracle is None else self.oracle
         try:
-            return list(counterfactuals.penultimate(self.blackbox)(images).float().cpu().numpy())
+            return list(counterfactuals.penultimate(judge)(images).float().cpu().numpy())
         except UNFIT:
             return [None] * len(images)
 

@@ -99,7 +99,8 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
                     "confidence")
             + table("Generated images: whether the classifier sees the class that they are made for, how far they are "
                     "from the image, how much of its individual code they keep (beside that of other images), distance "
-                    "(KID) to real images of the class, share of monotone paths", "counterfactuals")
+                    "to real images of the class (KID, in the features of the network that is named), share of "
+                    "monotone paths", "counterfactuals")
             + table("Grid of the networks' strides: power at its frequencies over that beside them; 1 is none", "grid"),
         ),
         Section(

@@ -195,7 +195,8 @@ def skipped_table(rows: pd.DataFrame, maps: pd.DataFrame, reasons: Mapping[str, 
         out += [{"what": f"maps by {method}", "reason": why, "images": n} for (method, why), n in failed.items()]
     measured = rows[rows.measured]
     if len(measured) and measured.features.isna().all():
-        out.append({"what": "KID", "reason": "the classifier has no linear layer to take features from"})
+        why = "the oracle, or without one the classifier, has no linear layer to take features from"
+        out.append({"what": "KID", "reason": why})
     return pd.DataFrame(out, columns=["what", "reason", "images"])
 
 
@@ -288,13 +289,14 @@ def counterfactual_table(rows: pd.DataFrame) -> pd.DataFrame:
     end of the run's path to the code that stands for the target class), `swap` (the code of a random image of it).
 
     Valid for b, and for the oracle where there is one; L1, L2 and sparsity of the difference to the image itself;
-    identity, and that of different images; KID, in b's features, to real images that b gives the class, without the one
-    each was made from (but with the donor of a swap), mean over classes; share of paths there (of several counter
-    codes, to the first) on which the probability of the class falls by no more than DIP.
+    identity, and that of different images; KID, in features of the oracle, or of b without one (`kid_features` says
+    whose), to real images that b gives the class, without the one each was made from (but with the donor of a swap),
+    mean over classes; share of paths there (of several counter codes, to the first) on which the probability of the
+    class falls by no more than DIP.
     """
     found = counterfactual_rows(rows)
     columns = ["split", "kind", "images", "valid", "oracle_valid", "l1", "l2", "sparsity", "identity",
-               "identity_of_others", "kid", "monotone"]  # fmt: skip
+               "identity_of_others", "kid", "kid_features", "monotone"]  # fmt: skip
     out: list[dict[str, Any]] = []
     if found.empty:
         return pd.DataFrame(columns=columns)
@@ -304,6 +306,7 @@ def counterfactual_table(rows: pd.DataFrame) -> pd.DataFrame:
         ways = part.way.dropna()
         out.append({"split": split, "kind": kind, "images": len(part), **means,
                     "identity_of_others": of_split.identity_of_others.mean(), "kid": _kid(of_split, part),
+                    "kid_features": "oracle" if part.oracle_valid.notna().any() else "classifier",
                     "monotone": _monotone(ways) if len(ways) else np.nan})  # fmt: skip
     return pd.DataFrame(out, columns=columns)
 

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import groupby, pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import mlflow
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import BAD, TINY, command, state
+from torch import nn
 
 from cae import classifiers, training
 from cae.config import ClassifierConfig
@@ -260,6 +262,15 @@ def test_a_second_classifier_is_asked_about_every_swap(finished: Path, tmp_path:
     own, other = tables.values()
     assert own.oracle_success == own.success and own.oracle_agrees_on_images == 1
     assert other.success == own.success and other.oracle_agrees_on_images < 1  # an untrained one
+
+
+def test_kid_has_the_features_of_the_oracle_where_there_is_one() -> None:
+    b, oracle = (nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 2)) for _ in range(2))
+    images = torch.rand(3, 3, 4, 4)
+    for given, judge in ((None, b), (oracle, oracle)):
+        found = MeasureWorker._features(SimpleNamespace(blackbox=b, oracle=given), images)
+        np.testing.assert_allclose(np.stack(found), judge[:3](images).detach(), atol=1e-6)
+    assert MeasureWorker._features(SimpleNamespace(blackbox=b, oracle=nn.Flatten()), images) == [None] * 3
 
 
 def test_a_method_that_cannot_work_with_the_classifier_is_left_out_with_its_reason(finished: Path) -> None:

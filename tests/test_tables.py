@@ -297,12 +297,16 @@ def test_counterfactuals_are_means_and_kid_is_to_real_images_of_the_class() -> N
         return np.mean([kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if not (same and i == j)])
 
     expected = mean(made, made, True) + mean(real, real, True) - 2 * mean(made, real, False)
-    assert np.isclose(swap.kid, expected)
+    assert np.isclose(swap.kid, expected) and (table.kid_features == "classifier").all()
     made, own = (np.stack(part) for part in ([row.counterfactuals[0]["features"] for row in frame[:12].itertuples()],
                                              frame.features[:12]))  # fmt: skip
     without_its_own = mean(made, made, True) + mean(own, own, True) - 2 * mean(made, own, True)
     assert np.isclose(table.kid["reconstruction"], without_its_own)
     assert np.isnan(tables.counterfactual_table(generated(9)).kid).all()  # too few to say
+    for entries in frame.counterfactuals.dropna():
+        for entry in entries:
+            entry["oracle_valid"] = False
+    assert (tables.counterfactual_table(frame).kid_features == "oracle").all()
     ways = tables.ways_by_direction(frame, "val", NAMES)
     assert list(ways) == ["plain to spot"]
     p, monotone = ways["plain to spot"]
