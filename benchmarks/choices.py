@@ -2,8 +2,9 @@
 
 Of a finished run, on images that the classifier gets right: the defaults, and each of the choices that explain has
 instead, one at a time, under every fill and by their mean, with the 95% intervals of the choice's values minus those of
-the defaults, or of `--against` (paired, images of one patient or group drawn together); and any peer that `--only`
-names. Defaults are chosen on val; test is for looking at what was chosen. The table goes to a CSV beside this file.
+the defaults, or of `--against` (paired, images of one patient or group drawn together); and any peer or control
+that `--only` names. Defaults are chosen on val; test is for looking at what was chosen. The classifier answers in the
+run's `--precision`, as everywhere. The table goes to a CSV beside this file.
 
 python benchmarks/choices.py --run runs/chest_xray-quick
 """
@@ -11,6 +12,7 @@ python benchmarks/choices.py --run runs/chest_xray-quick
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +30,11 @@ from cae.classifiers import BlackBox
 from cae.explain import choose_mode, explain, over_donors
 from cae.images import blur, to_tensor
 from cae.networks import CAE
-from cae.peers.table import peers
 from pipelines.bulk import read_images, read_table
 from pipelines.command_line import parse
 from pipelines.explain import ExplainOptions, path_options
 from pipelines.maps import BATCH
-from pipelines.measure import HEADLINE, SMOOTHED, waypoints_of
+from pipelines.measure import HEADLINE, SMOOTHED, methods, waypoints_of
 from pipelines.run import Run
 from pipelines.ways import read_ways
 
@@ -65,8 +66,8 @@ class Options:
     run: str
     """Finished run folder."""
     only: tuple[str, ...] = tuple(CHOICES)
-    """What to measure: choices, and peers by their names in tables (`FullGrad`; `occlusion, smoothed` after the blur
-    that the CAE's maps get)."""
+    """What to measure: choices, and peers and controls by their names in tables (`FullGrad`, `random`; `occlusion,
+    smoothed` after the blur that the CAE's maps get)."""
     against: str = DEFAULTS
     """The one of these that intervals are of differences to."""
     split: Literal["val", "test"] = "val"
@@ -97,25 +98,35 @@ def maps_by(run: Run, options: ExplainOptions, cae: CAE, blackbox: BlackBox, ids
 def main(options: Options) -> None:
     """Measure every choice and append to the table."""
     run = Run(options.run)
-    blackbox, cae = networks(run)
+    base = parse(ExplainOptions, ["--run", options.run])
+    blackbox, cae = networks(run, base.precision == "bfloat16")
+    others = methods(blackbox, cae, {}, full=True, seed=options.seed)
+    names = {*CHOICES, *others, *(name + SMOOTHED for name in others)}
+    unknown = [name for name in (options.against, *options.only) if name not in names]
+    if unknown:
+        sys.exit(f"error: there is no {unknown[0]!r} to measure: choose among {', '.join(sorted(names))}")
     table = read_table(run, "predictions", ["id", "split", "label", "predicted", "probabilities"]).to_pandas()
     right = table[(table.split == options.split) & (table.label == table.predicted)]
     chosen = right.sample(min(options.images, len(right)), random_state=options.seed)
     groups = groups_of(run, chosen.id)
-    base = parse(ExplainOptions, ["--run", options.run])
     x = to_tensor(read_images(run, chosen.id.to_numpy(), base.model.image_size, base.fit))
     order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(dim=1, descending=True, stable=True)
     source, target = order[:, 0], order[:, 1]
     steps = metrics.disjoint_steps(base.model.image_size, HEADLINE)
     rows: list[dict[str, Any]] = []
     first: dict[str, Tensor] = {}
+    known: dict[str, Tensor] = {}  # maps of others as they are, for the smoothed ones too
     for name in dict.fromkeys((options.against, *options.only)):
         if name in CHOICES:
             how = replace(base, **CHOICES[name])
             heat, flipped = maps_by(run, how, cae, blackbox, chosen.id.to_list(), x, source, target)
         else:
-            heat, flipped = peers(cae)[name.removesuffix(SMOOTHED)].maps(blackbox, x, source).detach(), math.nan
-            heat = blur(heat, base.smooth) if name.endswith(SMOOTHED) else heat
+            plain, flipped = name.removesuffix(SMOOTHED), math.nan
+            if plain not in known:
+                there = torch.empty(0)  # they do not walk
+                known[plain] = torch.cat([others[plain](x[i], source[i], target[i], there, [])
+                                          for i in torch.arange(len(x)).split(BATCH)])  # fmt: skip
+            heat = blur(known[plain], base.smooth) if name != plain else known[plain]
         by_fill = {
             fill: metrics.perturbation_curve(
                 blackbox, x, heat, source, steps=steps, fill=fill, seed=options.seed,

@@ -29,11 +29,11 @@ Method = Callable[[BlackBox, Tensor, Tensor, Tensor], Tensor]
 """Classifier, images (B, 3, H, W), the class it gives them (B,), the class to walk to (B,) -> maps (B, H, W)."""
 
 
-def networks(run: Run) -> tuple[BlackBox, CAE]:
-    """A run's classifier and CAE."""
+def networks(run: Run, bf16: bool = False) -> tuple[BlackBox, CAE]:
+    """A run's classifier and CAE; with `bf16` they answer in bfloat16."""
     chosen = run.result("classify")
     blackbox = classifiers.load(chosen["spec"], tuple(chosen["classes"]))
-    return place(blackbox, "cpu"), place(training.load(run.path("cae")), "cpu")
+    return place(blackbox, "cpu", bf16), place(training.load(run.path("cae")), "cpu", bf16)
 
 
 def groups_of(run: Run, ids: Iterable[str]) -> list[str]:
