@@ -53,9 +53,9 @@ CHOICES: Mapping[str, dict[str, Any]] = {
     "not smoothed": {"smooth": 0.0},
     "smooth 0.025": {"smooth": 0.025},
     "smooth 0.1": {"smooth": 0.1},
-    "path": {"mode": "path"},
     "patch": {"mode": "patch"},
     "evidence": {"mode": "evidence"},
+    **{mode: {"mode": mode, "smooth": 0.0} for mode in ("path", "contrast", "input")},  # as in the paper
 }
 
 
