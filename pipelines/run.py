@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -236,9 +237,11 @@ def _spent(run: Run, name: str, state: dict[str, Any]) -> float:
     left, as nothing is known of the time after."""
     if "begun" not in state:  # no call, or one of an earlier version
         return 0.0
-    files = [path for left in WRITES[name] for path in run.fs.find(run.path(left))]
-    last = max((run.fs.modified(path).timestamp() for path in files), default=0.0)
-    return state["seconds"] + max(last - state["begun"], 0.0)
+    last = state["begun"]
+    for path in (path for left in WRITES[name] for path in run.fs.find(run.path(left))):
+        with suppress(FileNotFoundError):  # what outlived the call may clear up
+            last = max(last, run.fs.modified(path).timestamp())
+    return state["seconds"] + last - state["begun"]
 
 
 def refuse_unfinished(run: Run, options: RunOptions, needs: tuple[str, ...]) -> None:
