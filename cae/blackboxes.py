@@ -67,7 +67,8 @@ class Card:
     """Layer of a torchvision or timm network that Grad-CAM looks at. Empty: no Grad-CAM."""
     protocol: Literal["json", "mlflow"] = "json"
     """What a server is sent: {"instances": [image, ...]}, as TensorFlow Serving and KServe take it, or MLflow's
-    {"inputs": [image, ...]}. It answers {"predictions": [...]} or a bare list, with a list or an object an image."""
+    {"inputs": [image, ...]}. It answers {"predictions": [...]} or a bare list, with a list or an object an image; an
+    object's names are the classes, in any order, or their numbers."""
     timeout: float = 60.0
     """Seconds that a server may take to answer."""
     retries: int = 5
@@ -187,13 +188,15 @@ def fingerprint(spec: str) -> str:
     return found.hexdigest()
 
 
-def open_foreign(spec: str, card: Card, trusted: bool, built_in: Mapping[str, Create]) -> tuple[nn.Module, Card]:
+def open_foreign(spec: str, card: Card, trusted: bool, built_in: Mapping[str, Create],
+                 classes: tuple[str, ...] = ()) -> tuple[nn.Module, Card]:  # fmt: skip
     """The network, in evaluation mode, and its card with what the file or library says of its own inputs.
 
-    `built_in` makes networks that need no library, by name (`torchvision:resnet18`). Raises ValueError, in one line.
+    `built_in` makes networks that need no library, by name (`torchvision:resnet18`); `classes` are those that its
+    outputs have where the card names none. Raises ValueError, in one line.
     """
     if spec.startswith(WEB):
-        return _server(spec, card), card
+        return _server(spec, card, card.classes or classes), card
     if spec.startswith(("torchvision:", "timm:")):
         return _from_library(spec, card, built_in)
     if FUNCTION.fullmatch(spec):
@@ -409,7 +412,7 @@ def _function(spec: str, card: Card) -> nn.Module:
     return Foreign(ask, card.batch)
 
 
-def _server(url: str, card: Card) -> nn.Module:
+def _server(url: str, card: Card, classes: tuple[str, ...]) -> nn.Module:
     try:
         import urllib3
     except ImportError as error:
@@ -436,7 +439,7 @@ def _server(url: str, card: Card) -> nn.Module:
         try:
             held = json.loads(answer.data)
             rows = held["predictions"] if isinstance(held, dict) else held
-            rows = [_in_order(row, card.classes) if isinstance(row, dict) else row for row in rows]
+            rows = [_in_order(row, classes) if isinstance(row, dict) else row for row in rows]
             outputs = torch.tensor(rows, dtype=torch.float32, device=x.device)
             if len(outputs) != len(x):
                 raise ValueError(f"{len(outputs)} rows for {len(x)} images")
@@ -450,8 +453,20 @@ def _server(url: str, card: Card) -> nn.Module:
 
 
 def _in_order(row: dict[str, float], classes: tuple[str, ...]) -> list[float]:
-    """A row with named columns as a list: in the order of the classes where they are its names, else in its own."""
-    return [row[name] for name in classes] if row.keys() == set(classes) else list(row.values())
+    """A row with named columns as a list, in the order of the classes: its own may be another one for each image.
+
+    Raises ValueError for names that are neither the classes nor their numbers; the second class's number alone may have
+    any but the first one's.
+    """
+    for names in (classes, [str(i) for i in range(len(row))]):
+        if row.keys() == set(names):
+            return [row[name] for name in names]
+    if len(row) == 1 and row.keys() != set(classes[:1]):
+        return list(row.values())
+    raise ValueError(
+        f"it names {', '.join(row)} and the classes are {', '.join(classes) or 'not known'}: name its outputs, in "
+        "order, under `classes` in a JSON that names it under `classifier`, and give that"
+    )
 
 
 def _read(spec: str) -> bytes:

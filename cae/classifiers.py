@@ -219,7 +219,8 @@ def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBo
     what, card = read_card(spec)
     if not is_foreign(what):
         return _open_own(what, *read_model(what))
-    net, card = open_foreign(what, card, trusted, {f"torchvision:{arch}": partial(ResNet, arch) for arch in LAYERS})
+    built_in = {f"torchvision:{arch}": partial(ResNet, arch) for arch in LAYERS}
+    net, card = open_foreign(what, card, trusted, built_in, classes)
     blackbox = BlackBox(
         net.requires_grad_(False), card.classes, 0.0 if card.mean is None else card.mean,
         1.0 if card.std is None else card.std, card.input_size,

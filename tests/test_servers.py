@@ -76,13 +76,33 @@ def test_answers_that_are_none(serve: Any, reply: Any, says: str) -> None:
     assert says in text and server.url in text and "\n" not in text
 
 
-def test_named_columns_are_put_in_the_order_of_the_classes(serve: Any, tmp_path: Path) -> None:
-    """As MLflow answers for a data frame."""
-    server = serve(lambda body: {"predictions": [{"dog": 3.0, "bird": 1.0, "cat": 2.0}] * len(body["inputs"])})
-    write_card(tmp_path / "card.json", classifier=server.url, protocol="mlflow", classes=CLASSES)
-    assert load(f"{tmp_path}/card.json")(images(1)).tolist() == [[1, 2, 3]]
-    write_card(tmp_path / "card.json", classifier=server.url, protocol="mlflow")
-    assert load(f"{tmp_path}/card.json")(images(1)).tolist() == [[3, 1, 2]]
+@pytest.mark.parametrize("names", [CLASSES, ("0", "1", "2")])
+@pytest.mark.parametrize(("own", "classes"), [(CLASSES, ()), (CLASSES, CLASSES), ((), CLASSES)])
+def test_named_columns_are_put_in_the_order_of_the_classes(
+    serve: Any, tmp_path: Path, names: tuple[str, ...], own: tuple[str, ...], classes: tuple[str, ...]
+) -> None:
+    """As MLflow answers for a data frame; here another order for each image."""
+    held = list(zip(names, (1.0, 2.0, 3.0), strict=True))
+    server = serve(lambda body: {"predictions": [dict(held[i:] + held[:i]) for i in range(len(body["inputs"]))]})
+    write_card(tmp_path / "card.json", classifier=server.url, protocol="mlflow", classes=own)
+    assert load(f"{tmp_path}/card.json", classes)(images(3)).tolist() == [[1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize(("classes", "known"), [((), "not known"), (("bird", "cat", "cow"), "bird, cat, cow")])
+def test_names_of_no_class_are_refused(serve: Any, classes: tuple[str, ...], known: str) -> None:
+    server = serve(lambda body: {"predictions": [{"dog": 3.0, "bird": 1.0, "cat": 2.0}] * len(body["instances"])})
+    with pytest.raises(ValueError, match=f"it names dog, bird, cat and the classes are {known}: name its outputs"):
+        load(server.url, classes)
+
+
+@pytest.mark.parametrize(("name", "fits"), [("sick", True), ("p", True), ("well", False)])
+def test_one_named_number_is_the_second_class_s(serve: Any, name: str, fits: bool) -> None:
+    server = serve(lambda body: {"predictions": [{name: 3.0}] * len(body["instances"])})
+    if fits:
+        assert load(server.url, ("well", "sick"))(images(1)).tolist() == [[0, 3]]
+    else:
+        with pytest.raises(ValueError, match="it names well and the classes are well, sick"):
+            load(server.url, ("well", "sick"))
 
 
 MODEL = """
