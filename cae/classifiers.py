@@ -6,7 +6,7 @@ Legend: B batch, H height, W width, C classes. Images are (B, 3, H, W) in [-1, 1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -218,7 +218,11 @@ def _open(spec: str, classes: tuple[str, ...]) -> BlackBox:
 def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBox:
     what, card = read_card(spec)
     if not is_foreign(what):
-        return _open_own(what, *read_model(what))
+        own = _open_own(what, *read_model(what))
+        if others := [field.name for field in fields(card)[1:] if getattr(card, field.name) != field.default]:
+            raise ValueError(f"{what} is a classifier of this project, which knows what it takes and gives: take "
+                             f"{', '.join(others)} out of {spec}")  # fmt: skip
+        return own
     built_in = {f"torchvision:{arch}": partial(ResNet, arch) for arch in LAYERS}
     net, card = open_foreign(what, card, trusted, built_in, classes)
     blackbox = BlackBox(

@@ -220,6 +220,15 @@ def test_folders_that_hold_no_classifier(tmp_path: Path) -> None:
     assert f"no weights at {good}/model.safetensors" in refusal(str(good))
 
 
+def test_a_card_may_name_a_saved_classifier_and_say_nothing_else_of_it(tmp_path: Path) -> None:
+    save(str(tmp_path / "saved"), build(SMALL, CLASSES), SMALL)
+    card = tmp_path / "card.json"
+    card.write_text(json.dumps({"classifier": "saved"}))
+    assert load(str(card)).classes == CLASSES
+    card.write_text(json.dumps({"classifier": "saved", "channels": "BGR", "mean": 0}))
+    assert refusal(str(card)).endswith(f"take channels, mean out of {card}")
+
+
 def test_torchvision_specs_that_cannot_work(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     state = random_state("resnet18", 2)
