@@ -63,7 +63,7 @@ def test_unwritable_run_folder(tmp_path: Path) -> None:
 def test_full_disk(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / f"run.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (tmp_path / "run" / f".run.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="No space left on device"):
         run.save()
 

@@ -220,6 +220,17 @@ def test_seconds_of_a_stage_are_those_of_all_its_calls(tmp_path: Path, monkeypat
     assert done["seconds"] == logged.pop() == 40 and done["calls"] == 1
 
 
+def test_half_a_file_that_a_kill_has_left_is_not_read_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(str(tmp_path))
+    write_table(run, "a/b.parquet", pa.table({"id": ["x"]}))
+    monkeypatch.setattr(Path, "replace", lambda *_: None)  # never comes to it
+    run.write("a/c.parquet", b"PAR1 and not much more")
+    assert len(list((tmp_path / "a").iterdir())) == 2
+    assert pq.read_table(tmp_path / "a")["id"].to_pylist() == ["x"]
+
+
 def test_workers_are_told_what_nobody_has_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"B": "theirs"})
     assert _unless_set({"A": "ours", "B": "ours"}) == {"A": "ours"}
