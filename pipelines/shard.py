@@ -209,7 +209,18 @@ class ShardWorker:
                     flush(split)
         for split in sorted(good):
             flush(split)
+        for split in {*data.SPLITS.values(), "archive"}:
+            self._drop_from(f"shards/split={split}/{part}", written[split])
         return pa.Table.from_pylist(bad, REJECTED)
+
+    def _drop_from(self, name: str, first: int) -> None:
+        """Drop what an earlier try of a unit, killed, has left from a number on: an image that has been replaced since
+        may have been in another split."""
+        after = first
+        while self.run.fs.exists(self.run.path(f"{name}-{after:04d}.parquet")):
+            after += 1
+        for number in reversed(range(first, after)):  # killed again, it leaves no gap to stop at
+            self.run.fs.rm(self.run.path(f"{name}-{number:04d}.parquet"))
 
     def _read(self, unit: Unit) -> Iterator[tuple[Item, bytes, bytes | None, str]]:
         """Of each image of the unit: item, encoded image, encoded mask, and why there is none, if so."""

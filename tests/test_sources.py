@@ -433,6 +433,22 @@ def test_shards_are_the_same_from_every_source(tmp_path: Path, kind: str) -> Non
     ]
 
 
+def test_a_unit_done_again_leaves_each_image_in_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before its part, with files of other content, of the same size even, when it is called again."""
+    monkeypatch.setattr("pipelines.shard.SHARD_BYTES", 1)  # a shard an image
+    run, splits = Run(str(tmp_path / "run")), []
+    for attempt in range(2):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        for i in range(24):
+            (tmp_path / f"images/{i}.png").write_bytes(encode_png(picture(24 * attempt + i)))
+        (piece,) = survey(str(tmp_path / "images")).pieces
+        ShardWorker(run, names=[], present={None}, label_free=True)(piece | {"part": "000000.parquet"})
+        rows = shards(tmp_path / "run")
+        assert len(rows) == 24 and rows.id.str.split("#").str[0].is_unique
+        splits.append(rows.split.value_counts())
+    assert (splits[1] < splits[0]).any()
+
+
 def test_a_patient_that_dicom_files_name_is_in_one_split(tmp_path: Path) -> None:
     """As in a manifest, which goes first."""
     source = tmp_path / "scans"
