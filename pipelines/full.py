@@ -58,6 +58,11 @@ def _check(options: FullOptions, stages: list[str], before: dict[str, Any]) -> N
     known = run.result("classify") if run.done("classify") and not renewed else None
     to_do = {stage for stage in stages if options.again or not run.done(stage)}
     try:
+        if "tune" in to_do and "train" in stages and not options.again and run.bound("train"):
+            raise UserError(
+                f"--tune {options.tune}: the CAE is trained already, or half, and would not take what is found: "
+                "--stages tune searches alone, --tune 0 not at all; or begin another --run"
+            )
         if "train" in to_do:
             train.check(options)
         if "explain" in to_do:

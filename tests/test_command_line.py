@@ -116,6 +116,20 @@ def test_what_explain_cannot_do_is_refused_before_the_training(tmp_path: Path) -
             assert {"mode", "donors", "targets"} - set(held) == {wrong} - set(before) and before.items() <= held.items()
 
 
+@pytest.mark.parametrize(("words", "refused"), [([], True), (["--stages", "tune"], False), (["--again"], False)])
+def test_a_search_before_a_training_that_is_done_is_refused(tmp_path: Path, words: list[str], refused: bool) -> None:
+    run = Run(str(tmp_path / "run"))
+    run.state["stages"] = {"train": {"options": {}, "result": {}}}
+    run.save()
+    options = parse(full.FullOptions, ["--dataset", "synthetic", "--run", run.folder, "--tune", "2", *words])
+    stages = [stage for stage in full.STAGES if stage in options.stages]
+    if refused:
+        with pytest.raises(UserError, match=r"--tune 2: the CAE is trained already, .*--stages tune searches alone"):
+            full._check(options, stages, {})
+    else:
+        full._check(options, stages, {})
+
+
 def test_of_an_option_given_twice_the_last_one_counts(tmp_path: Path) -> None:
     words = ["--preset", "paper", "--dataset", "a", "--dataset=synthetic", "--preset", "quick"]
     options = parse(full.FullOptions, words)
