@@ -20,7 +20,7 @@ class ModelConfig:
 
     image_size: int = 256
     """Height and width of the square images: a multiple of 4, at least 32."""
-    channels: int = 3
+    channels: Literal[0, 1, 3] = 3
     """Colour channels inside the networks: 3, 1 (grey: the images' channel mean), or 0: 1 where all images are grey.
     A grey network cannot fool a classifier by tints."""
     class_dim: int = 8

@@ -24,11 +24,12 @@ FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
 # Least and greatest values of options that no other part looks at before hours of work.
 LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draws": 1, "evaluated": 0, "overlays": 0,
          "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1,
-         "class_dim": 2, "resnet.batch": 1, "resnet.epochs": 0, "resnet.min_steps": 0, "resnet.lr": 0, "epochs": 0,
-         "lr": 0, "disc_lr": 0, "class_lr": 0, "weight_decay": 0, "lr_halvings": 0, "warm_up": 0, "recon_warm_up": 0,
-         "flip": 0, "ema": 0, "dropout": 0, "inversion": 0,
+         "class_dim": 2, "width": 4, "blocks": 1, "mlp_width": 1, "disc_width": 1, "disc_blocks": 0,
+         "resnet.batch": 1, "resnet.epochs": 0, "resnet.min_steps": 0, "resnet.lr": 0, "resnet.weight_decay": 0,
+         "epochs": 0, "lr": 0, "disc_lr": 0, "class_lr": 0, "weight_decay": 0, "lr_halvings": 0, "warm_up": 0,
+         "recon_warm_up": 0, "flip": 0, "ema": 0, "dropout": 0, "inversion": 0, "seed": 0,
          **{field.name: 0 for field in dataclasses.fields(LossWeights)}}  # fmt: skip
-MOST = {"flip": 1, "ema": 1, "dropout": 1, "smooth": 0.5, "margin": 0.99}
+MOST = {"flip": 1, "ema": 1, "dropout": 1, "smooth": 0.5, "margin": 0.99, "seed": 2**32 - 1}
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -74,7 +75,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         raise UserError(f"{folder} is no run folder yet: say --dataset NAME or PATH to begin one, or another --run")
     table = flat(options)
     for name, least in LEAST.items():
-        if table.get(name, least) < least:
+        if not table.get(name, least) >= least:  # nor is nan
             raise UserError(f"--{name.replace('_', '-')} is {table[name]}: it must be {least} at least")
     for name, most in MOST.items():
         if table.get(name, most) > most:
@@ -82,6 +83,11 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     size = table.get("image_size", 32)
     if size % 4 or size < 32:
         raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")
+    for name in ("up_kernel", "out_kernel"):
+        if (kernel := table.get(name, 1)) not in range(1, size, 2):
+            raise UserError(f"--{name.replace('_', '-')} is {kernel}: choose an odd number below the image's size")
+    if not all(0 <= beta < 1 for beta in table.get("betas", ())):
+        raise UserError(f"--betas are {table['betas']}: choose two from 0 on, below 1")
     if not 0 < table.get("window", 1) <= 1:
         raise UserError(f"--window is {table['window']}: give a share of the image's side, above 0 and at most 1")
     folder = folder or options.run

@@ -87,9 +87,16 @@ def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) ->
         ("--smooth", "-1"): "--smooth is -1", ("--draws", "0"): "--draws is 0", ("--epochs", "-3"): "--epochs is -3",
         ("--smooth", "9"): "--smooth is 9.0: it must be 0.5 at most", ("--margin", "2"): "--margin is 2.0",
         ("--cla1", "-1"): "--cla1 is -1", ("--flip", "7"): "--flip is 7.0: it must be 1 at most",
+        ("--width", "2"): "--width is 2: it must be 4 at least", ("--blocks", "0"): "--blocks is 0",
+        ("--mlp-width", "0"): "--mlp-width is 0", ("--disc-width", "0"): "--disc-width is 0",
+        ("--up-kernel", "4"): "--up-kernel is 4: choose an odd", ("--out-kernel", "65"): "--out-kernel is 65: choose",
+        ("--seed", "-1"): "--seed is -1", ("--seed", "4294967296"): "--seed is 4294967296: it must be 4294967295 at",
+        ("--lr", "nan"): "--lr is nan", ("--window", "nan"): "--window is nan", ("--betas", "0", "1"): "--betas are",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=says):
             parse(full.FullOptions, ["--dataset", "synthetic", "--run", str(tmp_path / "r"), *words])
+    with pytest.raises(SystemExit):
+        parse(full.FullOptions, ["--dataset", "synthetic", "--run", str(tmp_path / "r"), "--channels", "2"])
     given = ["--dataset", "a/b/", "--run", str(tmp_path / "r"), "--tracking-uri", "sqlite:///here.db"]
     options = parse(full.FullOptions, given)
     assert options.tracking_uri == f"sqlite:///{Path.cwd()}/here.db" and options.dataset == "a/b"
