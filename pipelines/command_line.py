@@ -39,8 +39,10 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     So `--help` shows the values that would be used, and a later stage needs only `--run`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    dataset, given, folder, best = (_peek(argv, name) for name in ("dataset", "preset", "run", "weights"))
-    preset = given or ("standard" if torch.cuda.is_available() else "quick")
+    dataset, given, folder, best, device = (
+        _peek(argv, name) for name in ("dataset", "preset", "run", "weights", "device")
+    )
+    preset = given or ("standard" if device != "cpu" and torch.cuda.is_available() else "quick")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     if folder is None and dataset:
@@ -159,15 +161,15 @@ def _local_base() -> str:
 
 def _from_dict(cls: type, stored: dict[str, Any], preset: Preset) -> Any:
     """An options object: stored values where there are any, else the preset's, else the class's own defaults."""
-    row = PRESETS[preset]
-    values, hints = {}, get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            base = getattr(row, field.name, None) or hints[field.name]()
-            # JSON has no tuples.
-            kept = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.get(field.name, {}).items()}
-            values[field.name] = dataclasses.replace(base, **kept)
-        elif field.name in stored:
-            kept = stored[field.name]
-            values[field.name] = tuple(kept) if isinstance(kept, list) else kept
+    row, values = PRESETS[preset], _known(cls, stored)
+    for name, kind in get_type_hints(cls).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            base = getattr(row, name, None) or kind()
+            values[name] = dataclasses.replace(base, **_known(type(base), stored.get(name, {})))
     return cls(**values)
+
+
+def _known(cls: type, stored: dict[str, Any]) -> dict[str, Any]:
+    """Of stored values those that this version knows; lists are tuples, which JSON has not."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items() if name in names}

@@ -40,7 +40,7 @@ class RunOptions:
     .parquet with images, or an .npz file in MedMNIST's layout."""
     preset: Preset = "quick"
     """Sizes of the networks and of their training: `paper` (256 pixels, the authors' network), `standard` (128, one
-    GPU) or `quick` (64, minutes on a CPU). The default is `standard` where there is a GPU, else `quick`."""
+    GPU) or `quick` (64, minutes on a CPU). The default is `standard` where there is a GPU to use, else `quick`."""
     run: str = ""
     """Run folder, local or s3://. Default: DATASET-PRESET in $CAE_RUNS, else in runs/. An existing one goes on where it
     was, with its own options."""

@@ -175,6 +175,10 @@ def test_stored_options_come_back_and_the_command_line_goes_before_them(tmp_path
     run.save()
     older = parse(full.FullOptions, ["--run", folder])
     assert PRESETS["quick"].model.detail and not older.model.detail and older.train.recon_warm_up == 0
+    # Of a newer one it leaves out what it does not know.
+    run.state["options"]["model"]["newer"] = run.state["options"]["newer"] = 1
+    run.save()
+    assert parse(full.FullOptions, ["--run", folder]) == older
     stage = parse(shard.ShardOptions, ["--run", folder])
     assert stage.dataset == "synthetic"
 
@@ -275,6 +279,12 @@ def test_another_preset_brings_its_own_sizes(tmp_path: Path) -> None:
     assert parse(full.FullOptions, words).train.lr == 0.5
     paper = parse(full.FullOptions, [*words, "--preset", "paper", "--batch", "2"])
     assert paper.model == PRESETS["paper"].model and paper.train == dataclasses.replace(PRESETS["paper"].train, batch=2)
+
+
+@pytest.mark.parametrize(("words", "preset"), [([], "standard"), (["--device", "cpu"], "quick")])
+def test_the_preset_is_that_of_the_device(words: list[str], preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert parse(RunOptions, ["--dataset", "synthetic", *words]).preset == preset
 
 
 def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
