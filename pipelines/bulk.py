@@ -193,7 +193,9 @@ def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
     """One unit per row group of the image shards, of some splits or all."""
     units = []
     for part in list_parts(run, "shards"):
-        if part.startswith(("_", "rejected")) or (splits and part.split("/")[0].removeprefix("split=") not in splits):
+        if part.startswith(("_", "rejected")):
+            continue
+        if splits is not None and part.split("/")[0].removeprefix("split=") not in splits:
             continue
         with run.fs.open(run.path("shards", part)) as file:
             groups = pq.ParquetFile(file).metadata

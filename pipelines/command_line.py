@@ -82,6 +82,9 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     for name, most in MOST.items():
         if table.get(name, most) > most:
             raise UserError(f"--{name.replace('_', '-')} is {table[name]}: it must be {most} at most")
+    for name in ("splits", "stages"):
+        if table.get(name) == ():
+            raise UserError(f"--{name} names nothing: name one at least")
     size = table.get("image_size", 32)
     if size % 4 or size < 32:
         raise UserError(f"--image-size is {size}: choose a multiple of 4 from 32 on")

@@ -20,7 +20,7 @@ import pytest
 from cae.config import PRESETS
 from pipelines import embed, explain, tracking, train, tune
 from pipelines import run as runs
-from pipelines.bulk import write_table
+from pipelines.bulk import shard_units, write_table
 from pipelines.cluster import _unless_set, pace
 from pipelines.command_line import parse
 from pipelines.embed import EmbedOptions
@@ -229,6 +229,13 @@ def test_half_a_file_that_a_kill_has_left_is_not_read_with_its_folder(
     run.write("a/c.parquet", b"PAR1 and not much more")
     assert len(list((tmp_path / "a").iterdir())) == 2
     assert pq.read_table(tmp_path / "a")["id"].to_pylist() == ["x"]
+
+
+def test_no_splits_are_none_and_not_all(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    for split in ("val", "test"):
+        write_table(run, f"shards/split={split}/000000-0000.parquet", pa.table({"id": [split]}))
+    assert [len(shard_units(run, splits)) for splits in (None, (), ("val",), ("val", "test"))] == [2, 0, 1, 2]
 
 
 def test_workers_are_told_what_nobody_has_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
