@@ -61,7 +61,7 @@ class TuneOptions(TrainOptions):
     images whose reconstruction keeps the class and whose swap has the donor's, for --oracle too; `aopc`: of their maps,
     disjoint patches; `likeness`: 1 - reconstruction error over that of the mean image."""
     span: float = 10.0
-    """Each weight is searched from 1/SPAN to SPAN times the one given, evenly in its logarithm."""
+    """Each weight is searched from 1/SPAN to SPAN times the one given, evenly in its logarithm; one of 0 stays off."""
     budget: int = 2000
     """Pairs that a trial is trained on, at most; with too few, weights win that learn fast but end badly."""
     also: tuple[Literal["lr", "class_head"], ...] = ()
@@ -160,11 +160,11 @@ def _trial_id(trial: Trial) -> str:
 
 
 def _space(options: TuneOptions, differentiable: bool = True) -> dict[str, Any]:
-    """What is searched, by name: every weight log-uniform round the one given, and what `--also` asks for; of class
-    heads those that a classifier with a gradient, or without, can have."""
-    given = asdict(options.weights)
+    """What is searched, by name: every weight log-uniform round the one given, unless that is 0, and what `--also` asks
+    for; of class heads those that a classifier with a gradient, or without, can have."""
+    given = {name: weight for name, weight in asdict(options.weights).items() if name in WEIGHTS and weight}
     space: dict[str, Any] = {
-        name: tune.loguniform(given[name] / options.span, given[name] * options.span) for name in WEIGHTS
+        name: tune.loguniform(weight / options.span, weight * options.span) for name, weight in given.items()
     }
     if "lr" in options.also:
         reach = options.span**0.5

@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from cae import search_plots
 from cae.config import PRESETS, LossWeights
 from pipelines import full, train, tune
-from pipelines.command_line import parse
+from pipelines.command_line import parse, read_best
 from pipelines.mistakes import UserError
 from pipelines.run import Run
 from pipelines.tune import TuneOptions
@@ -48,6 +48,20 @@ def test_every_weight_of_the_paper_is_searched_evenly_in_its_logarithm_round_the
     assert set(more) == LAMBDA_AND_PHI | {"lr", "class_head"}
     assert (more["lr"].lower, more["lr"].upper) == pytest.approx((options.train.lr / 3, options.train.lr * 3))
     assert set(more["class_head"].categories) == {"learned", "distilled", "blackbox", "both"}
+
+
+def test_a_weight_that_is_off_stays_off(tmp_path: Path) -> None:
+    options = TuneOptions(run=str(tmp_path), weights=LossWeights(adv1=0.0, adv2=0.0))
+    space = tune._space(options)
+    assert set(space) == LAMBDA_AND_PHI - {"adv1", "adv2"}
+    trials = pd.DataFrame([{name: float(i) for name in (*space, *tune.WANTED, "score")} for i in (1, 2)])
+    trials["trial"] = trials["outcome"] = "finished"
+    tune._write_best(Run(str(tmp_path)), options, trials.iloc[1])
+    assert read_best(f"{tmp_path}/tune/best.json")["weights"] == dict.fromkeys(space, 2.0) | {
+        "adv1": 0, "adv2": 0, "keep": 0
+    }  # fmt: skip
+    for figure in tune._pictures(trials, options, 1, trials.score.to_numpy(), 9).values():
+        figure.canvas.draw()
 
 
 def test_a_search_for_class_heads_starts_from_the_one_that_auto_stands_for() -> None:
