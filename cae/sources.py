@@ -232,11 +232,11 @@ def _why(error: OSError) -> str:
 def _list(path: str, members: Iterable[Member]) -> tuple[Layout, list[Item]]:
     """The layout of an archive, and its items in their order. A folder round all of it is looked through."""
     found: list[Member] = []
-    manifest = None
+    manifests: dict[str, bytes] = {}
     for member in members:
         if member.name.split("/")[-1] == MANIFEST and member.name.count("/") <= 1 and not member.problem:
             try:
-                manifest = member.content()
+                manifests[member.name] = member.content()
             except DAMAGED as error:
                 pass_on(error)
                 raise ValueError(f"{member.name} in {path} is damaged: {error}") from error
@@ -249,6 +249,7 @@ def _list(path: str, members: Iterable[Member]) -> tuple[Layout, list[Item]]:
     wraps = inside.rstrip("/").lower() not in SPLITS
     if not wraps or not all(name.startswith(inside) and "/" in name.removeprefix(inside) for name in names):
         inside = ""
+    manifest = manifests.get(inside + MANIFEST, manifests.get(MANIFEST))  # not that of a class's folder
     layout = layout_of(names, manifest, f"{MANIFEST} in {path}", inside)
     seen: Counter[str] = Counter()
     return layout, [_numbered(layout.item(path, m.name, m.span, m.problem), seen) for m in found]

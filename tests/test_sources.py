@@ -148,6 +148,15 @@ def test_a_manifest_in_an_archive_names_groups(tmp_path: Path, kind: str) -> Non
         survey(source)
 
 
+def test_a_manifest_in_a_class_s_folder_is_not_the_archive_s(tmp_path: Path) -> None:
+    files = {name.removeprefix("train/"): content for name, content in FILES.items() if name.startswith("train/")}
+    files["dog/manifest.csv"] = b"file,patient\n0.png,p1\n"
+    assert {item.group for item, _, _ in contents(zipped(tmp_path / "a.zip", files)).values()} == {None}
+    files = {"manifest.csv": b"file,patient\ncat/0.png,p2\n"} | files
+    held = contents(zipped(tmp_path / "b.zip", files))
+    assert held["cat/0.png"][0].group == "p2" and held["dog/0.png"][0].group is None
+
+
 def test_two_files_of_one_name_are_both_there(tmp_path: Path) -> None:
     one, two = FILES["train/cat/0.png"], FILES["train/cat/1.png"]
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
