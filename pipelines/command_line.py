@@ -20,7 +20,7 @@ from pipelines.mistakes import UserError, user_error
 from pipelines.run import PATHS, Run, RunOptions, absolute, flat
 
 # Of this call only, not to be the next one's defaults.
-FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best"}
+FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best", "archive", "out"}
 # Least and greatest values of options that no other part looks at before hours of work.
 LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draws": 1, "evaluated": 0, "overlays": 0,
          "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1,
@@ -51,8 +51,11 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         folder = f"{base.rstrip('/')}/{called.removesuffix('.tar')}-{preset}"
     if folder and "://" not in folder:
         folder = os.path.abspath(os.path.expanduser(folder))
-    stored = Run(folder).state["options"] if folder else {}
-    stored = {name: value for name, value in stored.items() if name not in FORGOTTEN}
+    state = Run(folder).state if folder else {"options": {}}
+    if "explained_by" in state:
+        raise UserError(f"{folder} holds what the run {state['explained_by']} explained, and is no run to go on with: "
+                        "give --run that one")  # fmt: skip
+    stored = {name: value for name, value in state["options"].items() if name not in FORGOTTEN}
     # What a run of an older version does not name is as it was then: off, as the authors have it.
     for name, group in dataclasses.asdict(PRESETS["paper"]).items():
         if name in stored:

@@ -16,6 +16,7 @@ from cae.config import PRESETS
 from pipelines import full, shard
 from pipelines import run as runs
 from pipelines.command_line import parse
+from pipelines.explain import ArchiveOptions
 from pipelines.mistakes import UserError
 from pipelines.run import Run, RunOptions
 from pipelines.train import TrainOptions
@@ -280,6 +281,19 @@ def test_another_preset_brings_its_own_sizes(tmp_path: Path) -> None:
     assert parse(full.FullOptions, words).train.lr == 0.5
     paper = parse(full.FullOptions, [*words, "--preset", "paper", "--batch", "2"])
     assert paper.model == PRESETS["paper"].model and paper.train == dataclasses.replace(PRESETS["paper"].train, batch=2)
+
+
+def test_the_folder_of_an_archive_s_explanations_is_no_run(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    run.state |= {"options": {"dataset": "synthetic", "archive": "/a.zip", "out": "/out"}, "explained_by": "/runs/mine"}
+    run.save()
+    for options in (full.FullOptions, ArchiveOptions):
+        with pytest.raises(UserError, match=r"what the run /runs/mine explained, .*: give --run that one"):
+            parse(options, ["--run", run.folder])
+    del run.state["explained_by"]
+    run.save()
+    found = parse(ArchiveOptions, ["--run", run.folder])
+    assert (found.dataset, found.archive, found.out) == ("synthetic", "", "")
 
 
 @pytest.mark.parametrize(("words", "preset"), [([], "standard"), (["--device", "cpu"], "quick")])
