@@ -82,8 +82,8 @@ class GeneratorObjective(nn.Module):
 
     Eq. 6 asks D_c, or `blackbox` instead, where it is given, or the two (`both`): then "cla1" is the sum of both terms.
 
-    `critics` are the frozen other players, the discriminator and, for class heads with it, the classifier. They
-    are arguments of forward's closure, not submodules, so that DDP does not take them for this player's parameters.
+    The other players, frozen (the discriminator and, for class heads with it, the classifier), are kept in a closure,
+    not as submodules, so that DDP does not take their parameters for this player's.
     """
 
     def __init__(self, cae: CAE, discriminator: Discriminator, weights: LossWeights,

@@ -1,6 +1,7 @@
 """Maps that know nothing of the classifier. A method that doesn't beat them explains nothing.
 
-Each takes images (B, 3, H, W) in [-1, 1] and returns maps (B, H, W) on their device, larger = more important.
+Each takes images (B, 3, H, W) in [-1, 1], `reconstruction_error` a CAE's reconstructions of them too, and returns maps
+(B, H, W) on their device, larger = more important.
 """
 
 from __future__ import annotations
