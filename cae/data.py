@@ -61,10 +61,6 @@ class Item:
     """Of a file in a folder, or one on disk that a list names: see `version_of`. Else ""."""
 
 
-class DatasetMissing(ValueError):
-    """A known dataset isn't on this machine; the message says what to download and where to put it, in one line."""
-
-
 KERMANY = "https://data.mendeley.com/datasets/rscbjbr9sj"
 UNKNOWN = "whatever licence that page states"
 
@@ -124,7 +120,8 @@ def locate(dataset: str, data_root: str | None = None) -> str:
     """Path or URL of a dataset: a known name under `data_root`, else $CAE_DATA, else ./data; or an existing path.
 
     A known name is `<root>/<name>/<name>.npz` or the folder `<root>/<name>/`. `synthetic` needs no files and comes
-    back as it is. Raises DatasetMissing when a known name has no files, ValueError for any other word.
+    back as it is. Raises ValueError, in one line, for any other word, and when a known name has no files: then it says
+    what to download and where to put it.
     """
     if dataset == "synthetic":
         return dataset
@@ -142,7 +139,7 @@ def locate(dataset: str, data_root: str | None = None) -> str:
         return f"{folder}/{dataset}.npz"
     if fs.isdir(path) and fs.ls(path):
         return folder
-    raise DatasetMissing(
+    raise ValueError(
         f"{dataset}: nothing in {folder}/; download it from {known.page} ({known.licence}) and put there: "
         f"{known.layout}; or name another root with --data-root or $CAE_DATA"
     )
