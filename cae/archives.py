@@ -27,7 +27,8 @@ NOT_ITS_FAULT = (ConnectionError, TimeoutError)  # of a file: it is to be read a
 AWAY = {getattr(errno, name, None) for name in
         ("EBUSY", "EREMOTEIO", "ESTALE", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH")} - {None}  # fmt: skip
 REFUSALS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
-NOTES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+TAR_NOTES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+             tarfile.SOLARIS_XHDTYPE)  # fmt: skip
 MAX_NOTE = 1 << 20  # of names and the like before a member of a tar archive
 DAMAGED = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RecursionError)
 
@@ -149,7 +150,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, *given: Any) -> _Header:
         header = super().frombuf(*given)
-        if header.type in NOTES and header.size > MAX_NOTE:  # which tarfile would read whole
+        if header.type in TAR_NOTES and header.size > MAX_NOTE:  # which tarfile would read whole
             raise tarfile.InvalidHeaderError(f"{header.size:,} bytes of notes")  # type: ignore[attr-defined]
         return header
 

@@ -109,7 +109,7 @@ SPLITS = {
 NOT_IMAGES = {"thumbs.db", "desktop.ini"} | {
     name + kind for name in ("readme", "license", "licence") for kind in ("", ".txt", ".rst", ".html", ".pdf")
 }
-NOTES = (".csv", ".json", ".md")
+NOT_IMAGE_ENDINGS = (".csv", ".json", ".md")
 MAX_PIXELS = 100_000_000  # of an image; larger ones are taken for decompression bombs
 GROUP_COLUMNS = ("patient", "group", "patient_id", "group_id")
 MANIFEST = "manifest.csv"
@@ -218,10 +218,10 @@ def assign_splits(items: Iterable[Item]) -> list[Item]:
     items = list(items)
     present = {item.split for item in items}
 
-    return [dataclasses.replace(item, split=split_of(item, present)) for item in items]
+    return [dataclasses.replace(item, split=choose_split(item, present)) for item in items]
 
 
-def split_of(item: Item, present: Collection[str | None], label_free: bool = False) -> str:
+def choose_split(item: Item, present: Collection[str | None], label_free: bool = False) -> str:
     """The split of one item by `assign_splits`'s rule, when the archive's items have the splits `present`.
 
     `label_free`: unlabelled items are split too, for a classifier that needs no labels.
@@ -355,7 +355,7 @@ def may_be_image(name: str) -> bool:
     parts = name.split("/")
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
     name = parts[-1].lower()
-    return not hidden and name not in NOT_IMAGES and not name.endswith(NOTES)
+    return not hidden and name not in NOT_IMAGES and not name.endswith(NOT_IMAGE_ENDINGS)
 
 
 def first_line(error: BaseException) -> str:

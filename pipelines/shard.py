@@ -189,7 +189,7 @@ class ShardWorker:
             group = dicom.patient(content) if item.group is None else item.group
             # Exact duplicates go to the same split when nothing else ties them together.
             tied = replace(item, group=hashlib.sha256(content).hexdigest()[:16] if group is None else group)
-            split = data.split_of(tied, self.present, self.label_free)
+            split = data.choose_split(tied, self.present, self.label_free)
             source = data.text(item.path)
             for name, picture, reason in sources.frames(item, content, problem):
                 if picture is None:
