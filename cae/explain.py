@@ -7,7 +7,7 @@ batched; all tensors stay on the images' device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -154,8 +154,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     needed = SEARCH_STRAIGHT.get(mode, SEARCH) if corners.shape[1] == 2 else SEARCH
     steps = needed[0] if steps is None else steps
     refine = needed[1] if refine is None else refine
-    batch, size = len(x), x.shape[-2:]
-    rows = torch.arange(batch, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
     at_once = images_at_once(x, blackbox)
 
     def look(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,37 +163,85 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         frames = [cae.decode(code[i], individual_code[images[i]]) for i in rows[: len(images)].split(at_once)]
         return torch.cat(frames), torch.cat([blackbox.probabilities(frame) for frame in frames])
 
+    start, p_start = look(rows, torch.zeros(len(x), device=x.device))
+    inversion_steps, individual_code = torch.zeros_like(source), individual_code.clone()
+    astray = rows[p_start.argmax(1) != source]
+    if inversion and len(astray):
+        of = x[astray], source[astray], class_code[astray], individual_code[astray]
+        for k, step, code, frame, p in _invert(cae, blackbox, *of, steps=inversion):
+            i = astray[k]
+            inversion_steps[i], individual_code[i], start[i], p_start[i] = step, code, frame, p
+    path = _walk(look, start, p_start, target, steps, refine, margin)
+    heat = _map(mode, blackbox, x, path, source, target, max(1, round(window * min(x.shape[-2:]))), smooth, at_once)
+
+    reconstruction, p_target = path.frames[:, 0], path.p_of(target)
+    signed = (path.frames[:, -1] - reconstruction).mean(1)
+    finite = torch.stack([part.isfinite().flatten(1).all(1) for part in (path.p, heat, signed)]).all(0)
+    wrong = path.p[:, 0].argmax(1) != source
+    status = [
+        "failed" if not fine else "reconstruction_flipped" if lost else "flipped" if flip else "unflipped"
+        for fine, lost, flip in zip(finite.tolist(), wrong.tolist(), path.flipped.tolist(), strict=True)
+    ]
+    assert heat.shape == (len(x), *x.shape[-2:])
+    return Explanation(
+        status=status, map=heat, signed=signed, flip_at=path.flip_at,
+        p_source=path.p_of(source)[:, [0, -1]], p_target=p_target[:, [0, -1]],
+        reconstruction_error=(reconstruction - x).abs().mean((1, 2, 3)), inversion_steps=inversion_steps,
+        individual_code=individual_code, frames=path.frames, frame_p=p_target,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Path:
+    """The paths of B images, walked."""
+
+    frames: Tensor
+    """(B, K + 1, 3, H, W): the steps before a path's end, then the end for the rest, which weighs nothing."""
+    p: Tensor
+    """(B, K + 1, C) b's probabilities of the frames."""
+    last: Tensor
+    """(B,) the step, 1 to K, from which on all frames are the end."""
+    flipped: Tensor
+    """(B,) bool: the target leads at the end."""
+    flip_at: Tensor
+    """(B,) as in `Explanation`."""
+
+    def p_of(self, label: Tensor) -> Tensor:
+        """(B, K + 1) b's probability of one class each, `label` (B,)."""
+        return self.p.gather(2, label[:, None, None].expand(-1, self.p.shape[1], 1))[..., 0]
+
+
+def _walk(look: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], start: Tensor, p_start: Tensor, target: Tensor,
+          steps: int, refine: int, margin: float) -> _Path:  # fmt: skip
+    """Walk from the frames `start` (B, 3, H, W), of which b says `p_start` (B, C), to where the target (B,) leads.
+
+    `look` gives the frames of some images at shares of the way, and what b says of them. Step by step, only images
+    that have not flipped yet; then bisection. A reconstruction that flips by itself is a status, not an end.
+    """
+    batch, rows = len(start), torch.arange(len(start), device=start.device)
+
     def lead(images: Tensor, p: Tensor) -> Tensor:
         """By how much, in log probability, p (n, C) put some images (n,) in their target class; 0 at the margin."""
         label = target[images, None]
         best = p.scatter(1, label, 0.0).amax(1) + margin
         return (p.gather(1, label)[:, 0] / best).clamp(TINY, 1 / TINY).log()
 
-    # Step by step, only those that have not flipped yet. A reconstruction that flips by itself is a status, not an end.
-    frame, p = look(rows, torch.zeros(batch, device=x.device))
-    inversion_steps, individual_code = torch.zeros_like(source), individual_code.clone()
-    astray = rows[p.argmax(1) != source]
-    if inversion and len(astray):
-        of = x[astray], source[astray], class_code[astray], individual_code[astray]
-        for k, step, code, reconstruction, said in _invert(cae, blackbox, *of, steps=inversion):
-            i = astray[k]
-            inversion_steps[i], individual_code[i], frame[i], p[i] = step, code, reconstruction, said
-    frames, probabilities = [frame], [p]
-    first = torch.full((batch,), steps, device=x.device)  # the path's last step
-    ever = torch.zeros(batch, dtype=torch.bool, device=x.device)
+    frames, probabilities = [start], [p_start]
+    last = torch.full((batch,), steps, device=start.device)
+    ever = torch.zeros(batch, dtype=torch.bool, device=start.device)
     for k in range(1, steps + 1):
         frames.append(frames[-1].clone())
         probabilities.append(probabilities[-1].clone())
         walking = rows[~ever]
         if len(walking):
-            frame, p = look(walking, torch.full((len(walking),), k / steps, device=x.device))
+            frame, p = look(walking, torch.full((len(walking),), k / steps, device=start.device))
             frames[k][walking], probabilities[k][walking] = frame, p
             arrived = walking[lead(walking, p) > 0]
-            first[arrived], ever[arrived] = k, True
+            last[arrived], ever[arrived] = k, True
 
-    low, high = (first - 1) / steps, first / steps
+    low, high = (last - 1) / steps, last / steps
     end, p_end, flipped = frames[-1].clone(), probabilities[-1].clone(), rows[ever]
-    p_before = torch.stack(probabilities, 1)[rows, first - 1]
+    p_before = torch.stack(probabilities, 1)[rows, last - 1]
     for _ in range(refine if len(flipped) else 0):
         middle = (low + high) / 2
         frame, p = look(flipped, middle[flipped])
@@ -207,50 +254,38 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     if steps == 1 and not refine:
         flip_at[ever] = torch.nan
 
-    # The path used: the steps before the end, then the end for the rest, which weighs nothing.
-    ended = rows.new_tensor(range(steps + 1)) >= first[:, None]  # (B, K + 1)
-    walked = torch.where(ended[:, :, None, None, None], end[:, None], torch.stack(frames, 1))  # (B, K + 1, 3, H, W)
-    p_walked = torch.where(ended[:, :, None], p_end[:, None], torch.stack(probabilities, 1))  # (B, K + 1, C)
-    p_target = p_walked.gather(2, target[:, None, None].expand(-1, steps + 1, 1))[..., 0]  # (B, K + 1)
-    difference = walked.diff(dim=1)  # (B, K, 3, H, W)
-    weight = p_target.diff(dim=1).clamp(min=0)  # (B, K)
-    weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    windows = partial(_windows, blackbox, source=source, target=target, window=max(1, round(window * min(size))),
-                      at_once=at_once)  # fmt: skip
+    ended = rows.new_tensor(range(steps + 1)) >= last[:, None]  # (B, K + 1)
+    walked = torch.where(ended[:, :, None, None, None], end[:, None], torch.stack(frames, 1))
+    return _Path(walked, torch.where(ended[:, :, None], p_end[:, None], torch.stack(probabilities, 1)), last, ever,
+                 flip_at)  # fmt: skip
+
+
+def _map(mode: Mode, blackbox: BlackBox, x: Tensor, path: _Path, source: Tensor, target: Tensor, window: int,
+         smooth: float, at_once: int) -> Tensor:  # fmt: skip
+    """The map (B, H, W) of images x (B, 3, H, W), by one of `explain`'s modes; `window` in pixels."""
+    start, end = path.frames[:, 0], path.frames[:, -1]
+    windows = partial(_windows, blackbox, source=source, target=target, window=window, at_once=at_once)
     if mode in ("integrated", "evidence"):
-        heat = _integrated(blackbox, torch.cat([x[:, None], walked[:, 1:]], 1), first, source, target, at_once)
+        way = torch.cat([x[:, None], path.frames[:, 1:]], 1)
+        heat = _integrated(blackbox, way, path.last, source, target, at_once)
     elif mode == "patch":
         # What the counterfactual's windows do in the image, and what the image's undo in the counterfactual.
         heat = (windows(x, end) - windows(end, x)) / 2
     elif mode == "path":
-        heat = (difference.abs().mean(2) * weight[:, :, None, None]).sum(1)
+        weight = path.p_of(target).diff(dim=1).clamp(min=0)  # (B, K)
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        heat = (path.frames.diff(dim=1).abs().mean(2) * weight[:, :, None, None]).sum(1)
     else:
-        heat = (end - (walked[:, 0] if mode == "contrast" else x)).abs().mean(1)
+        heat = (end - (start if mode == "contrast" else x)).abs().mean(1)
     if smooth:
         heat = blur(heat, smooth)
     if mode == "evidence":
-        contents = end, torch.zeros_like(x), blur(walked[:, 0], WITHOUT_TEXTURE)
+        contents = end, torch.zeros_like(x), blur(start, WITHOUT_TEXTURE)
         asked = torch.stack([windows(x, content) for content in contents]).sum(0)
         heat += blur(asked, smooth / 2) if smooth else asked
     # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
     # where the images differ, whatever the classifier.
-    heat = heat.clamp(min=0)
-
-    signed = (end - walked[:, 0]).mean(1)
-    finite = torch.stack([part.isfinite().flatten(1).all(1) for part in (p_walked, heat, signed)]).all(0)
-    wrong = p_walked[:, 0].argmax(1) != source
-    status = [
-        "failed" if not fine else "reconstruction_flipped" if astray else "flipped" if flip else "unflipped"
-        for fine, astray, flip in zip(finite.tolist(), wrong.tolist(), ever.tolist(), strict=True)
-    ]
-    assert heat.shape == (batch, *size)
-    return Explanation(
-        status=status, map=heat, signed=signed, flip_at=flip_at,
-        p_source=torch.stack([p_walked[rows, 0, source], p_end[rows, source]], 1),
-        p_target=torch.stack([p_target[:, 0], p_target[:, -1]], 1),
-        reconstruction_error=(walked[:, 0] - x).abs().mean((1, 2, 3)), inversion_steps=inversion_steps,
-        individual_code=individual_code, frames=walked, frame_p=p_target,
-    )  # fmt: skip
+    return heat.clamp(min=0)
 
 
 def over_donors(found: Explanation, counts: list[int]) -> Explanation:
@@ -320,7 +355,7 @@ def _invert(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, class_code:
                 break
 
 
-def _integrated(blackbox: BlackBox, way: Tensor, first: Tensor, source: Tensor, target: Tensor,
+def _integrated(blackbox: BlackBox, way: Tensor, last: Tensor, source: Tensor, target: Tensor,
                 at_once: int) -> Tensor:  # fmt: skip
     """Each pixel's part in what the way from an image to its counterfactual does to b; signed, (B, H, W).
 
@@ -329,10 +364,10 @@ def _integrated(blackbox: BlackBox, way: Tensor, first: Tensor, source: Tensor, 
     Gauss-Legendre points a step: path-integrated gradients (Sundararajan et al. 2017) with the counterfactual in the
     place of a baseline. So the map sums to that logit at the counterfactual minus at the image, up to the quadrature.
     Starting at the image and not at its reconstruction, it also shows what b loses there, such as fine texture: a part
-    of why b changes its mind. Images from `first` (B,) on are all alike and are left out.
+    of why b changes its mind. Images from `last` (B,) on are all alike and are left out.
     """
     heat = torch.zeros_like(way[:, 0, 0])
-    used = torch.arange(way.shape[1] - 1, device=way.device) < first[:, None]  # (B, K)
+    used = torch.arange(way.shape[1] - 1, device=way.device) < last[:, None]  # (B, K)
     for chunk in used.nonzero().split(at_once):
         image, step = chunk.T
         before, after = way[image, step], way[image, step + 1]

@@ -26,6 +26,7 @@ from pipelines.bulk import (
     filled,
     matrix,
     read_images,
+    read_part,
     read_predicted,
     read_table,
     read_unit,
@@ -133,25 +134,24 @@ class EmbedWorker:
     @torch.no_grad()
     def __call__(self, unit: Unit) -> pa.Table:
         table = read_unit(self.run, unit)
-        columns: dict[str, list[np.ndarray]] = {"code": [], "p": [], "p_reconstruction": [], "error": []}
+        said = read_part(self.run, f"predictions/{unit['part']}", ["predicted", "probabilities"])  # of the same rows
+        columns: dict[str, list[np.ndarray]] = {"code": [], "p_reconstruction": [], "error": []}
         for batch in batches(table, self.at_once):
             arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
             x = to_tensor(arrays[filled(len(arrays))], self.device)
             code, individual = self.cae.encode(x)
             reconstruction = self.cae.decode(code, individual)
             found = {
-                "code": code, "p": self.blackbox.probabilities(x),
-                "p_reconstruction": self.blackbox.probabilities(reconstruction),
+                "code": code, "p_reconstruction": self.blackbox.probabilities(reconstruction),
                 "error": (reconstruction - x).abs().mean((1, 2, 3)),
             }  # fmt: skip
             for name, tensor in found.items():
                 columns[name].append(tensor[: len(arrays)].float().cpu().numpy())
-        codes, p, p_reconstruction, error = (np.concatenate(parts) for parts in columns.values())
-        numbers = pa.list_(pa.float32())
+        codes, p_reconstruction, error = (np.concatenate(parts) for parts in columns.values())
         return pa.table({
-            "id": table["id"], "split": pa.array([split_of(unit)] * len(p), pa.string()),
-            "label": table["label"], "predicted": pa.array(p.argmax(1), pa.int32()),
-            "probabilities": pa.array(list(p), numbers), "class_code": pa.array(list(codes), numbers),
+            "id": table["id"], "split": pa.array([split_of(unit)] * len(table), pa.string()),
+            "label": table["label"], "predicted": said["predicted"], "probabilities": said["probabilities"],
+            "class_code": pa.array(list(codes), pa.list_(pa.float32())),
             "reconstruction_error": pa.array(error, pa.float32()),
             "reconstruction_predicted": pa.array(p_reconstruction.argmax(1), pa.int32()),
         })  # fmt: skip
