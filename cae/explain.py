@@ -79,12 +79,12 @@ def images_at_once(x: Tensor, blackbox: BlackBox) -> int:
 
 
 def spacing(window: int) -> int:
-    """Pixels from one window of `window` pixels to the next: about half of them, and odd.
+    """Pixels from one window of `window` pixels to the next: nearly side by side, and an odd number.
 
     Even steps, multiples of a network's strides, stand the same way to its grid everywhere, and what it would say of
     other places is never asked.
     """
-    return window // 2 | 1
+    return (window - 1) | 1
 
 
 def along(corners: Tensor, t: Tensor) -> Tensor:
@@ -128,10 +128,9 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
 
     - `auto`: `integrated`, or `patch` where b has no gradient;
     - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
-    - `evidence`: `integrated`, and what a window of the image does to b where it is replaced by the counterfactual,
-      where it is greyed, and where it loses its texture, replaced by the blurred reconstruction: parts of one unit,
-      logits a pixel, added up. So it counts what makes the other class, asked for by gradient and by queries, and what
-      the own one needs, shape or texture; see `_windows`;
+    - `evidence`: `integrated`, and what b loses where a window of the image is greyed, or replaced by the blurred
+      reconstruction, which takes its texture: the mean of these two (see `_windows`) is of the same unit, logits a
+      pixel, and is added. So it counts what makes the other class, and what the own one needs, shape or texture;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_windows`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
@@ -280,8 +279,7 @@ def _map(mode: Mode, blackbox: BlackBox, x: Tensor, path: _Path, source: Tensor,
     if smooth:
         heat = blur(heat, smooth)
     if mode == "evidence":
-        contents = end, torch.zeros_like(x), blur(start, WITHOUT_TEXTURE)
-        asked = torch.stack([windows(x, content) for content in contents]).sum(0)
+        asked = (windows(x, torch.zeros_like(x)) + windows(x, blur(start, WITHOUT_TEXTURE))) / 2
         heat += blur(asked, smooth / 2) if smooth else asked
     # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
     # where the images differ, whatever the classifier.
