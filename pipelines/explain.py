@@ -59,15 +59,15 @@ class ExplainOptions(EmbedOptions):
     neighbour."""
     mode: Mode | Literal["auto"] = "auto"
     """How a path becomes a map: `integrated` (what changes from the image to its counterfactual, weighted by the
-    classifier's gradient), `evidence` (that, and what the classifier says where windows of the image are replaced by
-    the counterfactual, greyed, or lose their texture: 510 queries), `patch` (`integrated` with queries only: what each
-    window of the counterfactual does to the classifier in the image, and one of the image in the counterfactual),
+    classifier's gradient), `evidence` (that, and what the classifier loses where windows of the image are greyed or
+    lose their texture: 162 queries), `patch` (`integrated` with queries only: what each window of the counterfactual
+    does to the classifier in the image, and one of the image in the counterfactual: 162 queries too),
     `path` (the paper's: frame differences weighted by the rise of the target's probability), `contrast` (end against
     reconstruction) or `input` (end against image). `auto`: `integrated`, or `patch` where the classifier has no
     gradient."""
     window: float = 0.125
-    """Side of the windows of modes `evidence` and `patch`, as a share of the image's; they stand about half of it
-    apart. 0.125 takes 340 queries an image by `patch`, 0.25 takes 100."""
+    """Side of the windows of modes `evidence` and `patch`, as a share of the image's; they stand nearly side by side.
+    0.125 takes 162 queries an image, 0.25 takes 50."""
     smooth: float = 0.05
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
     steps: int = 0

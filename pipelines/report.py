@@ -27,8 +27,8 @@ READ_ME = {
 MAP_SHOWS = {
     "integrated": "makes the same changes to the image itself and shows which of them move the classifier towards the "
     "target class, by its gradient",
-    "evidence": "makes the same changes to the image itself, at once and a window at a time, greys windows of it and "
-    "takes their texture away, and shows what moves the classifier away from its class and towards the target class",
+    "evidence": "makes the same changes to the image itself, greys windows of it and takes their texture away, and "
+    "shows what moves the classifier away from its class and towards the target class",
     "patch": "makes the same changes to the image itself, a window at a time, and undoes them again, and shows which "
     "of them move the classifier towards the target class",
     "path": "shows what changed, weighted by how much it raised the target's probability",
