@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cae.report import Section, Table, render
-from pipelines import tracking
 from pipelines.pictures import draw_examples, plot_numbers
 from pipelines.run import Run
 from pipelines.tables import CLASSES, FEWEST
@@ -49,12 +48,12 @@ FULL = (
 
 def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: pd.DataFrame,
                  found: dict[str, pd.DataFrame], headline: str, names: tuple[str, ...]) -> None:  # fmt: skip
-    """Draw `figures/*.png`, log them, and write `report.html`, from the rows and the tables of stage evaluate."""
-    pictures = draw_examples(run, options, rows, maps, names)
-    pictures |= plot_numbers(run, options, rows, maps, found, headline, names)
-    for name, (_, figure) in pictures.items():
-        run.write(f"figures/{name}.png", png(figure))
-        tracking.log_figure(figure, f"figures/{name}.png")
+    """Draw `figures/*.png` and write `report.html`, from the rows and the tables of stage evaluate."""
+    figures = draw_examples(run, options, rows, maps, names)
+    figures |= plot_numbers(run, options, rows, maps, found, headline, names)
+    pictures = {name: (caption, png(figure)) for name, (caption, figure) in figures.items()}
+    for name, (_, image) in pictures.items():
+        run.write(f"figures/{name}.png", image)
 
     shard, classified = run.result("shard"), run.result("classify")
     statuses, inverted = run.result("explain")["statuses"], run.result("explain").get("inverted", 0)
@@ -74,7 +73,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
     counted = [[name, count, f"{count / total:.1%}", READ_ME.get(name, "")] for name, count in statuses.items()]
 
     def shown(*chosen: str) -> list[tuple[str, Figure | bytes]]:
-        return [(pictures[name][0], pictures[name][1]) for name in chosen if name in pictures]
+        return [pictures[name] for name in chosen if name in pictures]
 
     def table(caption: str, name: str) -> list[Table]:
         return _frame(caption, found[name]) if name in found else []
