@@ -128,9 +128,9 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
 
     - `auto`: `integrated`, or `patch` where b has no gradient;
     - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
-    - `evidence`: `integrated`, and what b loses where a window of the image is greyed, and where it is replaced by the
-      blurred reconstruction, which takes its texture (see `_windows`): parts of one unit, logits a pixel, added up. So
-      it counts what makes the other class, and what the own one needs, shape or texture;
+    - `evidence`: `integrated`, and what b loses where a window of the image is greyed, or replaced by the blurred
+      reconstruction, which takes its texture: the mean of these two (see `_windows`) is of the same unit, logits a
+      pixel, and is added. So it counts what makes the other class, and what the own one needs, shape or texture;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_windows`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
@@ -279,7 +279,7 @@ def _map(mode: Mode, blackbox: BlackBox, x: Tensor, path: _Path, source: Tensor,
     if smooth:
         heat = blur(heat, smooth)
     if mode == "evidence":
-        asked = windows(x, torch.zeros_like(x)) + windows(x, blur(start, WITHOUT_TEXTURE))
+        asked = (windows(x, torch.zeros_like(x)) + windows(x, blur(start, WITHOUT_TEXTURE))) / 2
         heat += blur(asked, smooth / 2) if smooth else asked
     # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
     # where the images differ, whatever the classifier.

@@ -248,7 +248,7 @@ def test_evidence_is_the_sum_of_its_parts() -> None:
     expected = cae.explain._integrated(b, way, one, source, target, at_once=9)
     contents = (0 * x, cae.explain.blur(rec, cae.explain.WITHOUT_TEXTURE))
     asked = torch.stack([
-        sum(slow_windows(b, x[k], content[k], source[k], target[k], 8) for content in contents) for k in range(3)
+        sum(slow_windows(b, x[k], content[k], source[k], target[k], 8) for content in contents) / 2 for k in range(3)
     ])  # fmt: skip
     found = explain(network, b, x, source, target, codes, mode="evidence", window=0.25)
     assert torch.allclose(found.map, (expected + asked).clamp(min=0), atol=1e-6) and found.map.amax() > 1e-3
