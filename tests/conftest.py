@@ -87,6 +87,13 @@ def kill_when(happens: Callable[[], bool], log: Path, script: str, *words: str) 
         psutil.wait_procs(left)
 
 
+def keeps_checkpoint(folder: Path) -> bool:
+    """Whether the training in a run folder goes on from a checkpoint when called again: Ray Train has noted it, which
+    on a busy machine it does long after the checkpoint's own file is there."""
+    note = folder / "checkpoints/train/checkpoint_manager_snapshot.json"
+    return note.exists() and "checkpoint_dir_name" in note.read_text()
+
+
 def blob(rng: np.random.Generator, label: int, size: int = 40) -> np.ndarray:
     """A dim textured image; class 1 has a bright disc somewhere."""
     y, x = np.mgrid[:size, :size]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import command, kill_when, state
+from conftest import command, keeps_checkpoint, kill_when, state
 from safetensors.numpy import load_file
 
 
@@ -36,7 +36,8 @@ def test_killed_in_train_and_in_explain_it_ends_as_if_undisturbed(finished: Path
     before = warmed_up.stat().st_mtime_ns
     for later in folder.glob("checkpoints/train/checkpoint_*"):  # if its worker outlived it by as much
         shutil.rmtree(later)
-    kill_when(lambda: any(folder.glob("checkpoints/train/checkpoint_*/state.pt")), log, "train.py", *run)
+    (folder / "checkpoints/train/checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    kill_when(lambda: keeps_checkpoint(folder), log, "train.py", *run)
     assert "result" not in state(folder)["stages"]["train"]
     assert warmed_up.stat().st_mtime_ns == before and "warmed up" not in log.read_text()
     for script in ("train.py", "embed.py"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command, kill_when, state
+from conftest import TINY, command, keeps_checkpoint, kill_when, state
 
 from cae import training
 
@@ -31,7 +31,7 @@ def test_two_workers_killed_and_resumed_train_the_network_of_one(archive: Path, 
     def train(folder: Path, workers: str) -> tuple[str, ...]:
         return "train.py", "--run", str(folder), "--workers", workers, "--threads", workers  # one for each
 
-    kill_when(lambda: any(two.glob("checkpoints/train/checkpoint_*/state.pt")), log, *train(two, "2"))
+    kill_when(lambda: keeps_checkpoint(two), log, *train(two, "2"))
     assert "result" not in state(two)["stages"]["train"]
     for folder, workers in ((one, "1"), (two, "2")):
         done = command(*train(folder, workers))
