@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -85,6 +86,9 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
     for name, most in MOST.items():
         if table.get(name, most) > most:
             raise UserError(f"--{name.replace('_', '-')} is {table[name]}: it must be {most} at most")
+    for name, value in table.items():
+        if isinstance(value, float) and math.isinf(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be finite")
     for name in ("splits", "stages"):
         if table.get(name) == ():
             raise UserError(f"--{name} names nothing: name one at least")

@@ -93,6 +93,7 @@ def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) ->
         ("--up-kernel", "4"): "--up-kernel is 4: choose an odd", ("--out-kernel", "65"): "--out-kernel is 65: choose",
         ("--seed", "-1"): "--seed is -1", ("--seed", "4294967296"): "--seed is 4294967296: it must be 4294967295 at",
         ("--lr", "nan"): "--lr is nan", ("--window", "nan"): "--window is nan", ("--betas", "0", "1"): "--betas are",
+        ("--lr", "inf"): "--lr is inf: it must be finite", ("--span", "inf"): "--span is inf",
         ("--splits",): "--splits names nothing: name one", ("--stages",): "--stages names nothing",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=says):
