@@ -8,6 +8,7 @@ Nothing here touches pyplot or matplotlib's global settings, so several threads 
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -223,6 +224,13 @@ def dragged_codes(
         _heading(ax, f"{share:.3g}")
     _heading(axes[0, -1], "class donor")
     return finished(fig)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 # What the functions above share; the last two, with cae.plots too.

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
@@ -27,8 +26,8 @@ class Section:
     """Heading, and entry in the table of contents."""
     text: str = ""
     """Plain text; an empty line ends a paragraph, lines that begin with "- " are a list, web addresses become links."""
-    figures: Sequence[tuple[str, Figure | bytes]] = field(default_factory=list)
-    """Caption and picture, a Figure or PNG bytes; the caption is the text for those who cannot see it."""
+    figures: Sequence[tuple[str, bytes]] = field(default_factory=list)
+    """Caption and picture as a PNG file; the caption is the text for those who cannot see it."""
     tables: Sequence[Table] = field(default_factory=list)
     """Caption, header and rows; each row as long as the header."""
 
@@ -39,7 +38,7 @@ def render(
     """The page: tiles of (label, value), the sections with a table of contents, and the options of the run.
 
     `options` may be nested; names are joined with dots. All text is escaped. Raises ValueError for a picture that is
-    neither a Figure nor PNG bytes and for a table row of the wrong length.
+    no PNG file and for a table row of the wrong length.
     """
     tiles = "".join(f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>" for label, value in summary)
     tiles = tiles and f"<dl class='tiles'>{tiles}</dl>"
@@ -115,18 +114,14 @@ def _linked(text: str) -> str:
     return "".join(f"<a href='{_text(p)}'>{_text(p)}</a>" if k % 2 else _text(p) for k, p in enumerate(pieces))
 
 
-def _figure(caption: str, picture: Figure | bytes) -> str:
-    if isinstance(picture, Figure):
-        buffer = io.BytesIO()
-        picture.savefig(buffer, format="png")
-        picture = buffer.getvalue()
+def _figure(caption: str, picture: bytes) -> str:
     try:
         with Image.open(io.BytesIO(picture), formats=["PNG"]) as image:
             # Shown in the size it was drawn for, where the file tells its resolution; 96 CSS pixels are an inch.
             scale = 96 / image.info.get("dpi", (96, 96))[0]
             width, height = round(image.width * scale), round(image.height * scale)
     except (OSError, TypeError) as error:
-        raise ValueError(f"report: figure {caption!r} is neither a Figure nor PNG bytes") from error
+        raise ValueError(f"report: figure {caption!r} is no PNG file") from error
     source = base64.b64encode(picture).decode()
     return (
         f"<figure><div class='scroll{' wide' if width > 640 else ''}'><img alt='{_text(caption)}' "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
+from cae.figures import png
 from cae.report import Section, Table, render
 from pipelines.pictures import draw_examples, plot_numbers
 from pipelines.run import Run
@@ -72,7 +71,7 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
     ]  # fmt: skip
     counted = [[name, count, f"{count / total:.1%}", READ_ME.get(name, "")] for name, count in statuses.items()]
 
-    def shown(*chosen: str) -> list[tuple[str, Figure | bytes]]:
+    def shown(*chosen: str) -> list[tuple[str, bytes]]:
         return [pictures[name] for name in chosen if name in pictures]
 
     def table(caption: str, name: str) -> list[Table]:
@@ -264,10 +263,3 @@ def _frame(caption: str, frame: pd.DataFrame) -> list[Table]:
         return []
     values = frame.astype(object).where(frame.notna(), None)
     return [(caption, [name.replace("_", " ") for name in frame.columns], values.to_numpy().tolist())]
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from cae import search_plots
+from cae.figures import png
 from cae.losses import GRADIENT, choose_class_head
 from pipelines import run as runs
 from pipelines import tracking
@@ -31,7 +32,6 @@ from pipelines.bulk import read_predicted
 from pipelines.cluster import cores, gpus_of, threads_for, train_workers
 from pipelines.command_line import command, read_best
 from pipelines.mistakes import UserError, user_error
-from pipelines.report import png
 from pipelines.run import Run, Work
 from pipelines.train import TrainOptions, check, fit, plan
 

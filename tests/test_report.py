@@ -10,6 +10,7 @@ import pytest
 from test_figures import SIZE, colour_images
 
 from cae import plots
+from cae.figures import png
 from cae.images import encode_png
 from cae.report import Section, cell, render
 
@@ -45,12 +46,12 @@ EVIL = "<script>alert('1')</script>\" & co"
 
 def evil_page() -> tuple[str, bytes]:
     picture = encode_png(colour_images(1)[0])
-    fig = plots.confusion(np.eye(2, dtype=int), ["A", "B"], "t")
+    figure = png(plots.confusion(np.eye(2, dtype=int), ["A", "B"], "t"))
     sections = [
         Section(
             f"First {EVIL}",
             f"A paragraph {EVIL}\ngoes on.\n\nSee https://example.org/a?b=1&c=2.\n- one\n- two {EVIL}",
-            [(f"Picture {EVIL}", picture), ("Figure", fig)],
+            [(f"Picture {EVIL}", picture), ("Figure", figure)],
             [(f"Table {EVIL}", ["name", EVIL], [[EVIL, 0.12345], ["b", None]])],
         ),
         Section("Second"),
@@ -120,5 +121,5 @@ def test_report_names_the_mistake() -> None:
     with pytest.raises(ValueError, match="row 2 of table 'T' has 1 cells, the header 2"):
         render("t", [], [Section("s", tables=[("T", ["a", "b"], [[1, 2], [3]])])], {})
     for wrong in (b"no picture", b"", "text"):
-        with pytest.raises(ValueError, match="figure 'F' is neither a Figure nor PNG bytes"):
+        with pytest.raises(ValueError, match="figure 'F' is no PNG file"):
             render("t", [], [Section("s", figures=[("F", wrong)])], {})  # type: ignore[list-item]
