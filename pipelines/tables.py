@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 
-from cae import counterfactuals, metrics
+from cae import counterfactuals, manifold, metrics
 from pipelines.measure import SMOOTHED
 
 SEPARATED = 20_000  # codes a split that the forest learns from, at most
@@ -258,7 +258,7 @@ def separability_table(codes: pd.DataFrame, seed: int) -> pd.DataFrame:
         part = part[part.predicted.isin(counts[counts > 1].index)]
         if part.predicted.nunique() > 1:
             groups = part.group.to_numpy() if "group" in part and part.group.duplicated().any() else None
-            found = metrics.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed, groups)
+            found = manifold.separability(np.stack(part.class_code.to_list()), part.predicted.to_numpy(), seed, groups)
             out.append({"split": split, "images": len(part)} | found)
     return pd.DataFrame(out, columns=None if out else ["split", "images", "forest_mean"])
 

@@ -8,9 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor, nn
 
 from cae import metrics
@@ -91,86 +89,6 @@ def test_pixel_auroc_is_scikit_learns() -> None:
     assert got[4:].isnan().all()
     with pytest.raises(ValueError, match="one mask per map"):
         metrics.pixel_auroc(maps, masks[:3])
-
-
-# --- class codes
-
-
-def test_separability_of_two_clear_classes() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.repeat(["normal", "pneumonia"], 40)
-    codes = rng.normal(size=(80, 8)) * 0.1
-    codes[40:, 3] += 5
-    found = metrics.separability(codes, labels, seed=0)
-    assert found["forest_mean"] == found["stump_mean"] == found["1nn_mean"] == 1.0
-    assert found["forest_std"] == 0.0 and found["folds"] == 10 and found["note"] == ""
-    assert found["effective_dimension"] < 1.1  # type: ignore[operator]  # the classes differ along one axis
-    assert found["two_component_share"] > 0.97  # type: ignore[operator]
-
-
-def test_separability_stump_has_one_threshold() -> None:
-    """One class between two groups of the other: two thresholds part them, one gets at most three in four."""
-    groups = np.tile([0, 1, 2, 1], 10)
-    codes = groups[:, None] + np.random.default_rng(0).normal(size=(40, 1)) * 0.01
-    found = metrics.separability(codes, groups % 2)
-    assert found["1nn_mean"] == found["forest_mean"] == 1.0
-    assert found["stump_mean"] <= 0.75  # type: ignore[operator]
-    assert found["effective_dimension"] == found["two_component_share"] == 1.0
-
-
-def test_separability_nearest_neighbour_and_dimension_match_slow_definitions() -> None:
-    rng = np.random.default_rng(1)
-    labels = np.repeat([0, 1, 2], [20, 15, 4])
-    codes = rng.normal(size=(39, 4)) * [4, 2, 1, 0.5] + labels[:, None]
-    found = metrics.separability(codes, labels, seed=3)
-    scores = []
-    for train, test in StratifiedKFold(4, shuffle=True, random_state=3).split(codes, labels):
-        nearest = [min(train, key=lambda j: float(np.sum((codes[i] - codes[j]) ** 2))) for i in test]
-        scores.append(np.mean(labels[nearest] == labels[test]))
-    assert found["1nn_mean"] == pytest.approx(np.mean(scores))
-    assert found["1nn_std"] == pytest.approx(np.std(scores))
-    assert str(found) == str(metrics.separability(codes, labels, seed=3))  # not a number is unequal to itself
-    # Participation ratio without eigenvalues: trace(S)^2 / trace(S S).
-    covariance = np.cov(codes.T)
-    assert found["effective_dimension"] == pytest.approx(np.trace(covariance) ** 2 / np.trace(covariance @ covariance))
-    singular = np.linalg.svd(codes - codes.mean(0), compute_uv=False) ** 2
-    assert found["two_component_share"] == pytest.approx(singular[:2].sum() / singular.sum())
-
-
-def test_separability_over_groups_is_not_fooled_by_images_that_are_alike() -> None:
-    """Codes say whose image it is and nothing of the class: a fold that parts a patient's images reads it off them."""
-    rng = np.random.default_rng(0)
-    patients = np.repeat(np.arange(30), 4)
-    labels = patients % 2
-    codes = rng.normal(size=(30, 4))[patients] + rng.normal(size=(120, 4)) * 0.01
-    found = metrics.separability(codes, labels, groups=patients)
-    assert found["forest_mean"] > 0.95  # type: ignore[operator]
-    assert 0.2 < found["forest_grouped_mean"] < 0.8 and found["folds_grouped"] == 10  # type: ignore[operator]
-    scores = []
-    for train, test in StratifiedGroupKFold(10, shuffle=True, random_state=0).split(codes, labels, patients):
-        assert not set(patients[train]) & set(patients[test])
-        forest = RandomForestClassifier(random_state=0).fit(codes[train], labels[train])
-        scores.append(forest.score(codes[test], labels[test]))
-    assert found["forest_grouped_mean"] == pytest.approx(np.mean(scores))
-    assert found["forest_grouped_std"] == pytest.approx(np.std(scores))
-    few = [0, 1, 4, 5, 8, 9]  # two images of one patient, of another and of a third one
-    for groups, folds in ((None, 0), (labels[few], 0), (patients[few], 0), (range(6), 2)):
-        found = metrics.separability(codes[few], labels[few], groups=groups)
-        assert found["folds_grouped"] == folds and np.isnan(found["forest_grouped_mean"]) == (folds == 0)  # type: ignore[arg-type]
-
-
-def test_separability_of_small_constant_and_impossible_codes() -> None:
-    labels = np.repeat(["a", "b"], [12, 3])
-    found = metrics.separability(np.ones((15, 8)), labels)
-    assert found["folds"] == 3 and found["note"] == "3 folds: class b has only 3 codes"
-    assert found["forest_mean"] == pytest.approx(12 / 15)  # nothing to learn: the larger class
-    assert found["effective_dimension"] == 0 and found["two_component_share"] == 1
-    with pytest.raises(ValueError, match="class b has 1 code"):
-        metrics.separability(np.ones((13, 8)), labels[:13])
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        metrics.separability(np.ones((12, 8)), labels[:12])
-    with pytest.raises(ValueError, match="do not fit"):
-        metrics.separability(np.ones((12, 8)), labels)
 
 
 # --- intervals
