@@ -1,4 +1,4 @@
-"""The black box b: image -> class logits. The built-in ResNets, and those of blackboxes.py behind the same interface.
+"""The black box b: image -> class logits. The built-in ResNets, and those of foreign.py behind the same interface.
 
 Legend: B batch, H height, W width, C classes. Images are (B, 3, H, W) in [-1, 1].
 """
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cae.blackboxes import FUNCTION, TRUSTED, WEB, is_foreign, open_foreign, read_card
+from cae.blackboxes import FUNCTION, TRUSTED, WEB, is_foreign, read_card
 from cae.checkpoint import read_model, save_model
 from cae.config import ClassifierConfig
 from cae.data import first_line
+from cae.foreign import open_foreign
 
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BOTTLENECK = ("resnet50", "resnet101")
