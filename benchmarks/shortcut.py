@@ -101,9 +101,10 @@ def stamp(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.n
 
 
 def listed(options: Options) -> list[Item]:
-    """The labelled images of the data set, split as the pipeline would."""
-    source = data.locate(options.dataset, options.data_root or None)
-    return [item for item in data.assign_splits(data.list_images(source)) if item.label is not None]
+    """The labelled images of the data set, each with a split: where it has none, by its group or name."""
+    items = data.list_images(data.locate(options.dataset, options.data_root or None))
+    present = {item.split for item in items}
+    return [replace(item, split=data.choose_split(item, present)) for item in items if item.label is not None]
 
 
 def pair(item: Item, options: Options) -> tuple[Pair, bool]:

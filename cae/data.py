@@ -13,7 +13,7 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -160,10 +160,8 @@ class Layout:
 
     def item(self, path: str, name: str, span: tuple[int, ...] = (), problem: str = "") -> Item:
         """The image called `name` in the file `path`."""
-        *folders, _ = [part for part in name.removeprefix(self.inside).split("/") if part not in ("", ".", "..")] or [
-            ""
-        ]
-        split = None
+        parts = [part for part in name.removeprefix(self.inside).split("/") if part not in ("", ".", "..")]
+        folders, split = parts[:-1], None
         if self.by_split:
             split = SPLITS.get(folders[0].lower()) if folders else None
             folders = folders[1:] if split else []
@@ -207,24 +205,14 @@ def list_images(root: str) -> list[Item]:
     return items
 
 
-def assign_splits(items: Iterable[Item]) -> list[Item]:
-    """The items with a split each; those that have one keep it, unless a validation split must be taken from train.
-
-    Without any split: about 70/15/15 train, val, test. With train but no val: about 10% of train's groups become val.
-    The group (or, without one, the name) decides through a hash, so groups stay whole, every machine agrees, and an
-    archive that grows moves no image. Unlabelled items without a split, and any left without a split beside others
-    that have one, become `archive`.
-    """
-    items = list(items)
-    present = {item.split for item in items}
-
-    return [dataclasses.replace(item, split=choose_split(item, present)) for item in items]
-
-
 def choose_split(item: Item, present: Collection[str | None], label_free: bool = False) -> str:
-    """The split of one item by `assign_splits`'s rule, when the archive's items have the splits `present`.
+    """The split of an item, when those of the whole archive have the splits `present`.
 
-    `label_free`: unlabelled items are split too, for a classifier that needs no labels.
+    The one that it has, unless a validation split must be taken from train. Without any split: about 70/15/15 train,
+    val, test. With train but no val: about 10% of train's groups become val. The group (or, without one, the name)
+    decides through a hash, so groups stay whole, every machine agrees, and an archive that grows moves no image.
+    Unlabelled items without a split (unless `label_free`, for a classifier that needs no labels), and any left without
+    a split beside others that have one, become `archive`.
     """
     position = _position(item.name if item.group is None else item.group)
     if item.split == "train" and "val" not in present:

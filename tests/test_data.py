@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -11,8 +12,8 @@ import pytest
 from cae.data import (
     DATASETS,
     Item,
-    assign_splits,
     check_classes,
+    choose_split,
     list_images,
     locate,
     read_npz,
@@ -29,6 +30,12 @@ def plant(root: Path, *names: str) -> str:
 
 def labelled(count: int, label: str | None = "a", split: str | None = None, group: str | None = None) -> list[Item]:
     return [Item(f"/x/{label}/{k}.png", f"{label}/{k}.png", split, label, group) for k in range(count)]
+
+
+def assign_splits(items: list[Item]) -> list[Item]:
+    """Items that are a whole archive, each with its split."""
+    present = {item.split for item in items}
+    return [replace(item, split=choose_split(item, present)) for item in items]
 
 
 def message(error: pytest.ExceptionInfo[ValueError]) -> str:
