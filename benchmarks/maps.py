@@ -18,17 +18,15 @@ from statistics import median
 import numpy as np
 import torch
 import tyro
+from methods import networks, read_counter_codes
 from record import append, here_and_now, say
 from torch import Tensor
 
-from cae import classifiers, training
 from cae.classifiers import BlackBox
 from cae.explain import explain
 from cae.images import to_tensor
 from cae.networks import CAE
 from pipelines.bulk import read_images, read_table
-from pipelines.cluster import place
-from pipelines.explain import read_counter_codes
 from pipelines.maps import BATCH
 from pipelines.run import Run
 
@@ -65,9 +63,7 @@ def plain(cae: CAE, blackbox: BlackBox, x: Tensor, counter: Tensor, target: int)
 def main(options: Options) -> None:
     """Measure and append to the table."""
     run = Run(options.run)
-    chosen = run.result("classify")
-    blackbox = place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")
-    cae = place(training.load(run.path("cae")), "cpu")
+    blackbox, cae = networks(run)
     table = read_table(run, "codes", ["id", "split"]).to_pandas()
     ids = table[table.split == "test"].id
     ids = ids.sample(min(options.images, len(ids)), random_state=0).to_numpy()

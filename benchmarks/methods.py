@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +21,10 @@ from cae.peers.table import Peer, peers
 from cae.sanity import rank_correlation, structural_similarity
 from pipelines.bulk import read_images, read_table
 from pipelines.cluster import place
-from pipelines.explain import read_counter_codes
 from pipelines.maps import BATCH
 from pipelines.run import Run
 from pipelines.shard import read_index
+from pipelines.ways import read_medoids
 
 Method = Callable[[BlackBox, Tensor, Tensor, Tensor], Tensor]
 """Classifier, images (B, 3, H, W), the class it gives them (B,), the class to walk to (B,) -> maps (B, H, W)."""
@@ -34,6 +35,11 @@ def networks(run: Run, bf16: bool = False) -> tuple[BlackBox, CAE]:
     chosen = run.result("classify")
     blackbox = classifiers.load(chosen["spec"], tuple(chosen["classes"]))
     return place(blackbox, "cpu", bf16), place(training.load(run.path("cae")), "cpu", bf16)
+
+
+def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
+    """Class index -> id and class code of the training image whose code stands for the class."""
+    return {label: (ids[0], codes[0]) for label, (ids, codes) in read_medoids(run).items()}
 
 
 def groups_of(run: Run, ids: Iterable[str]) -> list[str]:

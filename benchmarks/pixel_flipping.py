@@ -28,17 +28,17 @@ from statistics import median
 import numpy as np
 import torch
 import tyro
+from here import blackbox_of
 from quantus import PixelFlipping
 from record import append, here_and_now
 from torch import Tensor, nn
 
-from cae import classifiers, metrics
+from cae import metrics
 from cae.classifiers import BlackBox
 from cae.images import blur, to_tensor
 from cae.peers import controls
 from cae.peers.table import peers
 from pipelines.bulk import read_images, read_table
-from pipelines.cluster import place
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -179,10 +179,10 @@ def main(options: Options) -> None:
     """Measure and append to the table."""
     warnings.filterwarnings("ignore", module="quantus")  # it says so when a fill changes little
     run = Run(options.run)
-    chosen, settings = run.result("classify"), run.state["options"]
+    settings = run.state["options"]
     if not run.result("shard")["grey"]:
         sys.exit(f"{options.run} has images in colour, of which Quantus flips channels, not pixels: give a grey run")
-    blackbox = place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")
+    blackbox = blackbox_of(run)
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     right = table[(table.split == "val") & (table.label == table.predicted)]
     some = right.sample(min(options.images, len(right)), random_state=0)

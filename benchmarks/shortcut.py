@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from methods import methods, networks
+from methods import methods, networks, read_counter_codes
 from PIL import Image
 from record import append, here_and_now
 from scipy.stats import binomtest
@@ -44,7 +44,6 @@ from cae.explain import explain
 from cae.images import UnreadableImage, decode, encode_png, to_array, to_tensor
 from cae.metrics import energy_in_mask, pointing_game
 from cae.networks import CAE
-from pipelines.explain import read_counter_codes
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")

@@ -28,18 +28,17 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
-from methods import groups_of
+from methods import groups_of, networks
 from record import append, here_and_now
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
-from cae import classifiers, metrics, training
+from cae import classifiers, metrics
 from cae.images import to_tensor
 from cae.peers import controls
 from cae.peers.occlusion import occlusion
 from cae.peers.ts_cam import TSCAM, ts_cam
 from pipelines.bulk import read_images, read_table
-from pipelines.cluster import place
 from pipelines.run import Run
 
 TABLE = Path(__file__).with_suffix(".csv")
@@ -116,17 +115,16 @@ def aopc_rows(classifier: metrics.Classifier, images: Tensor, target: Tensor, ma
 def main(options: Options) -> None:
     """Train, measure and append to the table."""
     run = Run(options.run)
-    chosen, settings = run.result("classify"), run.state["options"]
+    settings = run.state["options"]
     size = settings["model"]["image_size"]
-    blackbox = place(classifiers.load(chosen["spec"], tuple(chosen["classes"])), "cpu")
-    cae = place(training.load(run.path("cae")), "cpu")
+    blackbox, cae = networks(run)
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
 
     def images_of(part: pd.DataFrame) -> np.ndarray:
         return read_images(run, part.id.to_numpy(), size, settings["fit"])
 
     torch.manual_seed(options.seed)
-    net = TSCAM(len(chosen["classes"]), size)
+    net = TSCAM(len(blackbox.classes), size)
     known = table[table.split == "train"]
     begun = time.perf_counter()
     train(net, images_of(known), torch.from_numpy(known.predicted.to_numpy(np.int64)), options.epochs, options.seed)

@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-
 from cae import classifiers, sources
 from cae.explain import Mode, choose_mode
 from pipelines import run as runs
@@ -30,7 +28,7 @@ from pipelines.embed import EmbedOptions
 from pipelines.maps import ArchiveWorker, ExplainWorker
 from pipelines.mistakes import UserError
 from pipelines.run import Run, Work
-from pipelines.ways import check_donors, read_medoids, read_ways
+from pipelines.ways import check_donors, read_ways
 
 Split = Literal["train", "val", "test", "archive"]
 DEFAULT_SPLITS: tuple[Split, ...] = ("val", "test", "archive")
@@ -230,11 +228,6 @@ def path_options(options: ExplainOptions) -> dict[str, Any]:
     """What `cae.explain.explain` takes of the options."""
     return {"mode": options.mode, "smooth": options.smooth, "steps": options.steps or None, "margin": options.margin,
             "window": options.window, "inversion": options.inversion}  # fmt: skip
-
-
-def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
-    """Class index -> id and class code of the training image whose code stands for the class."""
-    return {label: (ids[0], codes[0]) for label, (ids, codes) in read_medoids(run).items()}
 
 
 OWN = ("splits", "targets", "counter", "donors", "path", "mode", "window", "smooth", "steps", "margin", "inversion",
