@@ -23,7 +23,7 @@ from pipelines.bulk import read_images, read_table
 from pipelines.cluster import place
 from pipelines.maps import BATCH
 from pipelines.run import Run
-from pipelines.shard import read_index
+from pipelines.shard import read_groups
 from pipelines.ways import read_medoids
 
 Method = Callable[[BlackBox, Tensor, Tensor, Tensor], Tensor]
@@ -43,11 +43,10 @@ def read_counter_codes(run: Run) -> dict[int, tuple[str, np.ndarray]]:
 
 
 def groups_of(run: Run, ids: Iterable[str]) -> list[str]:
-    """What each image is drawn together with in intervals, as in stage evaluate: images of its patient or group, where
-    that is known, else its copies and the frames of its file."""
-    index = read_index(run)
-    known = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
-    return [known[name] or name.rpartition("#")[2] for name in ids]
+    """What each image is drawn together with in intervals, as in stage evaluate."""
+    ids = list(ids)
+    groups = read_groups(run, ids)
+    return [groups[name] for name in ids]
 
 
 def examples(run: Run, blackbox: BlackBox, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:

@@ -31,7 +31,7 @@ from pipelines.measure import AT_ONCE, SMOOTHED, MeasureWorker
 from pipelines.mistakes import UserError
 from pipelines.report import write_report
 from pipelines.run import Run, Work
-from pipelines.shard import read_index
+from pipelines.shard import read_groups
 from pipelines.timing import TIMED, TimeWorker
 from pipelines.train import open_oracle
 from pipelines.ways import read_ways
@@ -82,12 +82,9 @@ def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, A
     rows = read_table(run, "evaluation/images", parts=[unit["part"] for unit in plan.units]).to_pandas()
     codes = read_table(run, "codes", ["split", "id", "predicted", "class_code"]).to_pandas()
     codes = tables.sample_codes(codes, options.seed)
-    index = read_index(run)
-    index = index.filter(pc.is_in(index["id"], pa.array(pd.concat([rows.id, codes.id]))))
-    known = dict(zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True))
+    groups = read_groups(run, pd.concat([rows.id, codes.id]))
     for of_images in (rows, codes):
-        # Frames of one file, and its copies, belong together where nothing else is known: they share their ids' hash.
-        of_images["group"] = of_images.id.map(known).fillna(of_images.id.str.rsplit("#", n=1).str[-1])
+        of_images["group"] = of_images.id.map(groups)
     maps = tables.map_rows(rows)
     told = {kind: peer.told for name, peer in peers().items() for kind in (name, name + SMOOTHED)}
     said = read_table(run, "predictions", ["id", "probabilities"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -139,6 +139,17 @@ def read_index(run: Run) -> pa.Table:
             split = part.split("/")[0].removeprefix("split=")
             tables.append(table.append_column("split", pa.array([split] * len(table), pa.string())))
     return pa.concat_tables(tables).sort_by("id")
+
+
+def read_groups(run: Run, ids: Iterable[str]) -> dict[str, str]:
+    """Id -> what an image is drawn together with in intervals: images of its patient or group, where that is known.
+
+    Else its copies, and the frames of its file: they share their ids' hash.
+    """
+    index = read_index(run)
+    index = index.filter(pc.is_in(index["id"], pa.array(ids)))
+    known = zip(index["id"].to_pylist(), index["group"].to_pylist(), strict=True)
+    return {name: group or name.rpartition("#")[2] for name, group in known}
 
 
 def _ranges(count: int) -> list[Unit]:
