@@ -22,7 +22,7 @@ from pipelines.run import PATHS, Run, RunOptions, absolute, flat
 
 # Of this call only, not to be the next one's defaults.
 FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best", "archive", "out"}
-# Least and greatest values of options that no other part looks at before hours of work.
+# Least and greatest values of options.
 LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draws": 1, "evaluated": 0, "overlays": 0,
          "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1,
          "class_dim": 2, "width": 4, "blocks": 1, "mlp_width": 1, "disc_width": 1, "disc_blocks": 0,
@@ -63,9 +63,8 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
             stored[name] = group | stored[name]
     if "mode" in stored:
         stored = {"inversion": 0} | stored
-    if (
-        stored and given and given != stored.get("preset")
-    ):  # another one than the folder's brings its own sizes and rates
+    # Another one than the folder's brings its own sizes and rates.
+    if stored and given and given != stored.get("preset"):
         stored = {name: value for name, value in stored.items() if name not in dataclasses.asdict(PRESETS["paper"])}
         stored["preset"] = preset
     if best:  # before all that, what a search found
@@ -80,6 +79,14 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
                             "that has been begun (see --help)")  # fmt: skip
         raise UserError(f"{folder} is no run folder yet: say --dataset NAME or PATH to begin one, or another --run")
     table = flat(options)
+    _refuse_values(table)
+    folder = folder or options.run
+    paths = {name: absolute(name, table[name]) for name in PATHS if name in table}
+    return dataclasses.replace(options, run=folder, tracking_uri=_tracking_uri(options, folder), **paths)
+
+
+def _refuse_values(table: dict[str, Any]) -> None:
+    """Raise UserError for a value that no other part looks at before hours of work, of options as `flat` has them."""
     for name, least in LEAST.items():
         if not table.get(name, least) >= least:  # nor is nan
             raise UserError(f"--{name.replace('_', '-')} is {table[name]}: it must be {least} at least")
@@ -102,9 +109,6 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         raise UserError(f"--betas are {table['betas']}: choose two from 0 on, below 1")
     if not 0 < table.get("window", 1) <= 1:
         raise UserError(f"--window is {table['window']}: give a share of the image's side, above 0 and at most 1")
-    folder = folder or options.run
-    paths = {name: absolute(name, table[name]) for name in PATHS if name in table}
-    return dataclasses.replace(options, run=folder, tracking_uri=_tracking_uri(options, folder), **paths)
 
 
 def _tracking_uri(options: RunOptions, folder: str) -> str:
