@@ -189,18 +189,23 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
+def list_shards(run: Run) -> list[tuple[str, str]]:
+    """Split and file of every image shard, relative to the folder `shards`, whose other files are notes."""
+    parts = [part for part in list_parts(run, "shards") if part.startswith("split=")]
+    return [(part.split("/")[0].removeprefix("split="), part) for part in parts]
+
+
 def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
     """One unit per row group of the image shards, of some splits or all."""
     units = []
-    for part in list_parts(run, "shards"):
-        if part.startswith(("_", "rejected")):
-            continue
-        if splits is not None and part.split("/")[0].removeprefix("split=") not in splits:
+    for split, part in list_shards(run):
+        if splits is not None and split not in splits:
             continue
         with run.fs.open(run.path("shards", part)) as file:
             groups = pq.ParquetFile(file).metadata
             units += [
                 {
+                    "split": split,
                     "shard": part,
                     "group": i,
                     "rows": groups.row_group(i).num_rows,
@@ -209,11 +214,6 @@ def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
                 for i in range(groups.num_row_groups)
             ]
     return units
-
-
-def split_of(unit: Unit) -> str:
-    """The split that a unit's images belong to."""
-    return unit["shard"].split("/")[0].removeprefix("split=")
 
 
 def read_unit(run: Run, unit: Unit, columns: list[str] | None = None) -> pa.Table:

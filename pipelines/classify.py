@@ -35,7 +35,6 @@ from pipelines.bulk import (
     read_table,
     read_unit,
     shard_units,
-    split_of,
 )
 from pipelines.cluster import connect, enter_loop, fit_torch, last_checkpoint, pace, place, report, train_workers, where
 from pipelines.command_line import command
@@ -139,7 +138,7 @@ class PredictWorker:
             probabilities.append(self.blackbox.probabilities(x)[: len(arrays)].cpu().numpy())
         p = np.concatenate(probabilities)
         return pa.table({
-            "id": table["id"], "split": pa.array([split_of(unit)] * len(p), pa.string()), "label": table["label"],
+            "id": table["id"], "split": pa.array([unit["split"]] * len(p), pa.string()), "label": table["label"],
             "predicted": pa.array(p.argmax(1), pa.int32()), "probabilities": pa.array(list(p), pa.list_(pa.float32())),
         })  # fmt: skip
 

@@ -31,7 +31,6 @@ from pipelines.bulk import (
     read_table,
     read_unit,
     shard_units,
-    split_of,
     write_table,
 )
 from pipelines.cluster import connect, place, where
@@ -149,7 +148,7 @@ class EmbedWorker:
                 columns[name].append(tensor[: len(arrays)].float().cpu().numpy())
         codes, p_reconstruction, error = (np.concatenate(parts) for parts in columns.values())
         return pa.table({
-            "id": table["id"], "split": pa.array([split_of(unit)] * len(table), pa.string()),
+            "id": table["id"], "split": pa.array([unit["split"]] * len(table), pa.string()),
             "label": table["label"], "predicted": said["predicted"], "probabilities": said["probabilities"],
             "class_code": pa.array(list(codes), pa.list_(pa.float32())),
             "reconstruction_error": pa.array(error, pa.float32()),

@@ -28,7 +28,6 @@ from pipelines.bulk import (
     filled,
     read_part,
     read_unit,
-    split_of,
     write_table,
 )
 from pipelines.cluster import place
@@ -70,7 +69,7 @@ class ExplainWorker:
         self.overlays = unit["overlays"]
         for batch in batches(read_unit(self.run, unit), BATCH):
             arrays, _ = decode_all(batch["image"].to_pylist(), self.size, self.fit)
-            yield self.table(self.explain(batch["id"].to_pylist(), arrays), split_of(unit))
+            yield self.table(self.explain(batch["id"].to_pylist(), arrays), unit["split"])
 
     def explain(self, ids: list[str], arrays: np.ndarray) -> list[dict[str, Any]]:
         """A row for every explanation of images uint8 (B, size, size, 3); draws overlays while any are left."""

@@ -27,7 +27,7 @@ from cae.metrics import Fill
 from cae.networks import CAE
 from cae.peers import controls
 from cae.peers.table import Peer, peers
-from pipelines.bulk import Unit, decode_all, read_unit, split_of
+from pipelines.bulk import Unit, decode_all, read_unit
 from pipelines.cluster import place
 from pipelines.run import Run
 from pipelines.ways import Ways
@@ -208,7 +208,7 @@ class MeasureWorker:
         found = self.blackbox.probabilities(seen.reconstruction).argmax(1)
         error = (seen.reconstruction - seen.x).abs().mean((1, 2, 3))
         rows: list[dict[str, Any]] = [
-            {"id": name, "split": split_of(unit), "source": a, "reconstruction_predicted": b, "reconstruction_error": c}
+            {"id": name, "split": unit["split"], "source": a, "reconstruction_predicted": b, "reconstruction_error": c}
             for name, a, b, c in zip(ids, seen.source.tolist(), found.tolist(), error.tolist(), strict=True)
         ]
         _measure_grid(rows, {"image": seen.x, "reconstruction": seen.reconstruction})

@@ -23,7 +23,7 @@ from cae.config import PRESETS
 from cae.data import Item
 from pipelines import run as runs
 from pipelines import tracking
-from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, listing, read_part, write_table
+from pipelines.bulk import UNIT_ROWS, Unit, bulk, list_parts, list_shards, listing, read_part, write_table
 from pipelines.cluster import connect
 from pipelines.command_line import command
 from pipelines.mistakes import UserError
@@ -99,8 +99,7 @@ def shard(run: Run, options: ShardOptions, names: list[str], units: list[Unit], 
     parts = list_parts(run, "shards/_parts")
     rejected = pa.concat_tables([read_part(run, f"shards/_parts/{part}") for part in parts])
     write_table(run, "shards/rejected.parquet", rejected.sort_by("id"))
-    accepted = [part for part in list_parts(run, "shards") if part.startswith("split=")]
-    if not accepted:
+    if not list_shards(run):
         why = f", the first because: {rejected['reason'][0]}" if len(rejected) else ""
         raise UserError(f"none of the {len(rejected)} files in {source} is a readable image{why}")
     index = read_index(run)
@@ -133,11 +132,9 @@ def shard(run: Run, options: ShardOptions, names: list[str], units: list[Unit], 
 def read_index(run: Run) -> pa.Table:
     """id, split, label, class_name, group, grey of every sharded image, sorted by id."""
     tables = []
-    for part in list_parts(run, "shards"):
-        if part.startswith("split="):
-            table = read_part(run, f"shards/{part}", ["id", "label", "class_name", "group", "grey"])
-            split = part.split("/")[0].removeprefix("split=")
-            tables.append(table.append_column("split", pa.array([split] * len(table), pa.string())))
+    for split, part in list_shards(run):
+        table = read_part(run, f"shards/{part}", ["id", "label", "class_name", "group", "grey"])
+        tables.append(table.append_column("split", pa.array([split] * len(table), pa.string())))
     return pa.concat_tables(tables).sort_by("id")
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from itertools import groupby, pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -30,7 +31,7 @@ from cae.metrics import Fill, disjoint_steps, perturbation_curve
 from cae.networks import from_authors
 from cae.peers.table import peers
 from pipelines import evaluate, explain, full, measure, shard, train
-from pipelines.bulk import listing, read_images, read_table, shard_units, split_of
+from pipelines.bulk import listing, read_images, read_table, shard_units
 from pipelines.command_line import parse
 from pipelines.evaluate import NEW_CODES, EvaluateOptions, _cut, make_plan
 from pipelines.explain import ExplainOptions
@@ -309,7 +310,7 @@ def test_a_split_of_one_class_has_maps_and_paths_and_says_that_it_has_no_swaps(f
         codes.to_parquet(part)
     plan = make_plan(run, options)
     assert plan.skipped["swaps of test"] == "the classifier gives all its images one class: there is none to swap with"
-    donors = {split_of(unit): {task["donor"] is None for task in unit["tasks"]} for unit in plan.units}
+    donors = {unit["split"]: {task["donor"] is None for task in unit["tasks"]} for unit in plan.units}
     assert donors == {"test": {True}, "val": {False}}
     rows = read_table(run, "evaluation/images").to_pandas().query("split == 'test'").assign(donor=None)
     rows["group"] = rows.id
@@ -401,7 +402,7 @@ def test_more_images_are_measured_than_are_swapped_where_so_many_are_asked_for(
 ) -> None:
     monkeypatch.setattr(evaluate, "SWAPS", 2)
     options = parse(EvaluateOptions, ["--run", str(finished), "--evaluated", "4"])
-    for split, units in groupby(make_plan(Run(str(finished)), options).units, split_of):
+    for split, units in groupby(make_plan(Run(str(finished)), options).units, itemgetter("split")):
         tasks = [task for unit in units for task in unit["tasks"]]
         swapped, measured = (sum(bool(task[what]) for task in tasks) for what in ("donor", "measured"))
         assert swapped == 2 < measured <= 4, split
