@@ -50,9 +50,9 @@ def overlay(image: np.ndarray, heat: np.ndarray, alpha: float = 0.75) -> np.ndar
     return np.rint(image * (1 - opacity) + colour * opacity).astype(np.uint8)
 
 
-def captioned(picture: np.ndarray, lines: Sequence[str], height: int = 256) -> np.ndarray:
-    """A picture uint8 (H, W, 3), enlarged by a whole number to about `height` pixels, with lines of text below it."""
-    times = max(1, round(height / len(picture)))
+def captioned(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
+    """A picture uint8 (H, W, 3), enlarged by a whole number to about 256 pixels of height, with lines of text below."""
+    times = max(1, round(256 / len(picture)))
     large = picture.repeat(times, 0).repeat(times, 1)
     lines = [textwrap.shorten(line, 100) for line in lines]
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 14)

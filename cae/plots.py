@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFo
 
 from cae.figures import COLOURS, INK, MUTED, RULE, finished, wrap
 
-CONTROLS = ("random", "edge", "sobel", "centre", "center", "gauss", "|x")
+CONTROLS = ("random", "sobel", "centre", "|x")
 """A curve whose name begins with one of these, in any case, is a control: a map that knows nothing of the model."""
 
 POINTS = 20_000  # codes of a split that are drawn, at most
@@ -72,11 +72,7 @@ def manifold(
     return finished(fig)
 
 
-def perturbation_curves(
-    curves: Mapping[str, np.ndarray],
-    covered: np.ndarray,
-    title: str = "",
-) -> Figure:
+def perturbation_curves(curves: Mapping[str, np.ndarray], covered: np.ndarray) -> Figure:
     """Drop of b's probability (S,) as the top-ranked share `covered` (S,) of the image is destroyed (Eqs. 11, 12).
 
     Controls (see CONTROLS) are dashed and grey, methods solid, those that begin with "CAE" thickest. The legend is
@@ -112,7 +108,6 @@ def perturbation_curves(
     ax.axhline(0, color=MUTED, linewidth=0.8, zorder=0)
     ax.set_xlabel("share of the image destroyed, most important first")
     ax.set_ylabel("drop of the probability")
-    ax.set_title(title, fontsize=11, loc="left", color=INK)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_xlim(0, float(np.max(covered)))
     plot_style(ax)

@@ -18,7 +18,7 @@ from cae.networks import CAE
 from pipelines import tables, tracking
 from pipelines.bulk import read_images, read_part
 from pipelines.explain import path_options
-from pipelines.measure import CONTROLS, SMOOTHED, walk
+from pipelines.measure import CONTROLS, SMOOTHED, walk, waypoints_of
 from pipelines.run import Run
 from pipelines.ways import read_ways
 
@@ -212,8 +212,8 @@ def _paths(run: Run, options: EvaluateOptions, cae: CAE, blackbox: BlackBox, ima
         return {}
     images, x, source, target = images[walks], x[walks], ranked[walks, 0], torch.tensor(aims)[walks]
     code, _ = cae.encode(x)
-    ends, waypoints = ways.find(ids[walks].tolist(), code.numpy(), target.tolist())
-    way = torch.from_numpy(waypoints[np.cumsum([0, *map(len, ends)])[:-1]])  # of several counter codes the first
+    waypoints, counts = waypoints_of(ways, ids[walks].tolist(), code, target)
+    way = waypoints[np.cumsum([0, *counts])[:-1]]  # of several counter codes the first
     found = explain(cae, blackbox, x, source, target, way, **path_options(options))
     captions = [
         f"{names[int(a)]} → {names[int(b)]}\n{s}" + (f" at {at:.2f}" if s == "flipped" and not at.isnan() else "")

@@ -299,20 +299,20 @@ def test_manifold_of_many_codes_and_classes_stays_a_picture(monkeypatch: pytest.
 
 def test_perturbation_curves_tell_methods_from_controls() -> None:
     covered = np.linspace(0.01, 0.3, 20)
-    slopes = {"random map": 0.1, "LIME": 0.5, "CAE path": 2.0, "Edge (Sobel)": 0.3}
+    slopes = {"random map": 0.1, "LIME": 0.5, "CAE path": 2.0, "Sobel": 0.3}
     curves = {name: slope * covered for name, slope in slopes.items()}
-    fig = plots.perturbation_curves(curves, covered, "title")
+    fig = plots.perturbation_curves(curves, covered)
     (ax,) = fig.axes
     legend = ax.get_legend()
     assert legend is not None
     entries = [text.get_text() for text in legend.get_texts()]
-    assert entries == [f"{np.mean(curves[n]):+.3f}   {n}" for n in ("CAE path", "LIME", "Edge (Sobel)", "random map")]
+    assert entries == [f"{np.mean(curves[n]):+.3f}   {n}" for n in ("CAE path", "LIME", "Sobel", "random map")]
     lines = {float(np.max(line.get_ydata())): line for line in ax.lines[: len(curves)]}
     line = {name: lines[float(curve.max())] for name, curve in curves.items()}
     for name, curve in curves.items():
         np.testing.assert_array_equal(line[name].get_ydata(), curve)
         np.testing.assert_array_equal(line[name].get_xdata(), covered)
-        control = name in ("random map", "Edge (Sobel)")
+        control = name in ("random map", "Sobel")
         assert (line[name].get_linestyle() != "-") == control
         assert (np.ptp(to_rgb(line[name].get_color())) < 0.1) == control
     assert all(line["CAE path"].get_linewidth() > line[name].get_linewidth() for name in curves if name != "CAE path")
