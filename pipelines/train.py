@@ -182,21 +182,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     blackbox = place(classifiers.load(config["spec"], names), device)
     cae, discriminator = place(CAE(model), device), place(Discriminator(model, len(names)), device)
     state = last_checkpoint(device)
-    networks = torch.nn.ModuleList([cae, discriminator])
-    # Every worker starts alike; wrapping for DDP then gives all of them rank 0's weights.
-    if state is None and config["start"] and run.fs.exists(run.path(config["start"])):
-        with run.fs.open(run.path(config["start"]), "rb") as file:
-            _take_over(networks, torch.load(file, map_location=device, weights_only=True))
-    elif state is None and options.warm_up + options.recon_warm_up:
-        learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
-                                   warm_up_teller(label) if rank == 0 else training.silent, config["bf16"],
-                                   blackbox if config["teach"] else None)  # fmt: skip
-        if rank == 0:
-            print(f"{label} warmed up: class {learned['class']:.3f} nats  recon_x {learned['recon_x']:.3f}", flush=True)
-            if config["start"]:
-                buffer = io.BytesIO()
-                torch.save(networks.state_dict(), buffer)
-                run.write(config["start"], buffer.getvalue())
+    if state is None:
+        _warmed_up(run, config, cae, discriminator, images, blackbox, rank)
     trainer = training.Trainer(
         cae, discriminator, options,
         LossWeights(**config["weights"]), steps, blackbox,
@@ -252,6 +239,30 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if config["save"] and rank == 0:
         training.save(config["save"], trainer.best, names, train=config["train"], weights=config["weights"])
     return measures
+
+
+def _warmed_up(run: Run, config: dict[str, Any], cae: CAE, discriminator: Discriminator, images: np.ndarray,
+               blackbox: BlackBox, rank: int) -> None:  # fmt: skip
+    """Warm the networks up, or take them from the file `start` of the run folder; rank 0 writes it.
+
+    Every worker starts alike; wrapping for DDP then gives all of them rank 0's weights.
+    """
+    options, label = TrainConfig(**config["train"]), f"{config['label']:9}"
+    networks = torch.nn.ModuleList([cae, discriminator])
+    if config["start"] and run.fs.exists(run.path(config["start"])):
+        with run.fs.open(run.path(config["start"]), "rb") as file:
+            device = next(cae.parameters()).device
+            _take_over(networks, torch.load(file, map_location=device, weights_only=True))
+    elif options.warm_up + options.recon_warm_up:
+        learned = training.warm_up(cae, discriminator, images, config["labels"], options, config["seed"],
+                                   warm_up_teller(label) if rank == 0 else training.silent, config["bf16"],
+                                   blackbox if config["teach"] else None)  # fmt: skip
+        if rank == 0:
+            print(f"{label} warmed up: class {learned['class']:.3f} nats  recon_x {learned['recon_x']:.3f}", flush=True)
+            if config["start"]:
+                buffer = io.BytesIO()
+                torch.save(networks.state_dict(), buffer)
+                run.write(config["start"], buffer.getvalue())
 
 
 def _take_over(module: Any, state: dict[str, Any]) -> None:
