@@ -76,8 +76,7 @@ def main(options: Options) -> None:
 
     begun = time.time()
     rows: list[dict[str, object]] = []
-    common = {**here_and_now(), "run": Path(options.run).name,
-              "seed": options.seed}  # fmt: skip
+    common = {**here_and_now(), "run": Path(options.run).name, "seed": options.seed}
     original = {name: maps(name, blackbox) for name in found}
 
     def compare(level: str, others: dict[str, Tensor]) -> None:

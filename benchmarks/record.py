@@ -32,7 +32,8 @@ def here_and_now() -> dict[str, Any]:
 
 def say(row: dict[str, Any]) -> None:
     """Print a row, as progress."""
-    print("  ".join(f"{k} {v}" for k, v in row.items() if k not in here_and_now()), flush=True)
+    begins = here_and_now()
+    print("  ".join(f"{k} {v}" for k, v in row.items() if k not in begins), flush=True)
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -57,8 +58,8 @@ def numbers(run: Run) -> dict[tuple[str, str], float]:
 def main(folder: str, command: str) -> None:
     """Append the rows of one run."""
     run = Run(folder)
-    common = here_and_now() | {"cores": os.cpu_count(),
-              "commit": run.state["git"].replace(run.state["git"][10:40], ""), "command": command}  # fmt: skip
+    commit = run.state["git"]
+    common = here_and_now() | {"cores": os.cpu_count(), "commit": commit[:10] + commit[40:], "command": command}
     append(TABLE, [
         common | {"stage": stage, "measure": measure, "value": f"{value:.4g}"}
         for (stage, measure), value in numbers(run).items()

@@ -9,20 +9,11 @@ from typing import Any
 import pytest
 import torch
 from test_blackboxes import CLASSES, export, images, module_of, network, write_card
+from test_classifiers import Bomb
 from torch import nn
 
 from cae.blackboxes import resolve
 from cae.classifiers import class_names, load
-
-
-class Bomb:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 class Planted(nn.Module):
