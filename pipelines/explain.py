@@ -187,8 +187,8 @@ def explain_archive(run: Run, options: ArchiveOptions, units: list[Unit], told: 
 def check(options: ExplainOptions, chosen: dict[str, Any]) -> Mode:
     """The mode, as far as `auto` hangs on the classifier, of which stage classify noted down `chosen`.
 
-    Raises UserError where `--targets` names no class of it, ValueError for a `--mode` that it cannot do, and UserError
-    for more `--donors` than there are.
+    Raises UserError where `--targets` names no class of it and for more `--donors` than there are, ValueError for a
+    `--mode` that it cannot do.
     """
     names = chosen["classes"]
     if options.targets not in ("runner-up", "all", *names):

@@ -25,8 +25,8 @@ def occlusion(
     steps stand the same way to a network's strides everywhere); at the right and lower borders it is clipped. It is
     filled with `baseline`, by default mid-grey as in the paper. Where a metric covers patches with that same value, the
     method has been told what the metric will ask, which is an unfair advantage: measure with another fill, or take
-    another baseline. At most `batch` images at once. Raises ValueError
-    for a window that is not in the image, or a stride that leaves gaps.
+    another baseline. At most `batch` images at once. Raises ValueError for a window that is not in the image, or a
+    stride that leaves gaps.
     """
     side = min(images.shape[2:])
     window = max(1, side // 8) if window is None else window
