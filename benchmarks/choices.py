@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cae import metrics
 from cae.classifiers import BlackBox
-from cae.explain import choose_mode, explain, over_donors
+from cae.explain import PAPER_MODES, choose_mode, explain, over_donors
 from cae.images import blur, to_tensor
 from cae.networks import CAE
 from pipelines.bulk import read_images, read_table
@@ -55,7 +55,7 @@ CHOICES: Mapping[str, dict[str, Any]] = {
     "smooth 0.1": {"smooth": 0.1},
     "patch": {"mode": "patch"},
     "evidence": {"mode": "evidence"},
-    **{mode: {"mode": mode, "smooth": 0.0} for mode in ("path", "contrast", "input")},  # as in the paper
+    **{mode: {"mode": mode, "smooth": 0.0} for mode in PAPER_MODES},  # as in the paper
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cae import classifiers, training
 from cae.classifiers import BlackBox
-from cae.explain import SEARCH_STRAIGHT, Mode, explain
+from cae.explain import PAPER_MODES, Mode, explain
 from cae.images import to_tensor
 from cae.metrics import paired_bootstrap
 from cae.networks import CAE
@@ -84,7 +84,7 @@ def maps_to(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
             mode: Mode | Literal["auto"] = "auto") -> Tensor:  # fmt: skip
     """The CAE's maps (B, H, W) on the way to class codes (B, D)."""
     chunks = zip(*(given.split(BATCH) for given in (x, source, target, codes)), strict=True)
-    smooth = {} if mode in ("auto", *SEARCH_STRAIGHT) else {"smooth": 0.0}
+    smooth = {"smooth": 0.0} if mode in PAPER_MODES else {}
     return torch.cat([explain(cae, blackbox, *chunk, mode=mode, **smooth).map for chunk in chunks])
 
 

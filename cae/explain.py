@@ -21,10 +21,10 @@ from cae.images import blur
 from cae.networks import CAE
 
 Mode = Literal["integrated", "evidence", "patch", "path", "contrast", "input"]
-# Steps of the path, and of the bisection after it. Modes that need no more on a straight path are named apart:
-# `integrated` gains nothing from it (benchmarks/README.md), and `patch` looks at the path's two ends only.
-SEARCH = (8, 4)
-SEARCH_STRAIGHT: dict[Mode, tuple[int, int]] = {"integrated": (1, 0), "evidence": (1, 0), "patch": (1, 0)}
+PAPER_MODES: tuple[Mode, ...] = ("path", "contrast", "input")  # of frames alone: the paper's, and what it compares with
+# Steps of the path, and of the bisection after it. On a straight path the other modes need one step: `integrated` gains
+# nothing from more (benchmarks/README.md), and `patch` looks at the path's two ends only.
+SEARCH, SEARCH_STRAIGHT = (8, 4), (1, 0)
 INVERSION_RATE = 0.05  # root mean square of a step, in standard deviations of the individual code
 WITHOUT_TEXTURE = 0.0375  # sigma, as a share of the side, of the blur that takes the texture out of images
 GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
@@ -150,7 +150,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         raise ValueError(f"window {window}: give a share of the image's side, above 0 and at most 1")
     class_code, individual_code = cae.encode(x) if codes is None else codes
     corners = torch.cat([class_code[:, None], waypoints[:, None] if waypoints.ndim == 2 else waypoints], 1)
-    needed = SEARCH_STRAIGHT.get(mode, SEARCH) if corners.shape[1] == 2 else SEARCH
+    needed = SEARCH if mode in PAPER_MODES or corners.shape[1] > 2 else SEARCH_STRAIGHT
     steps = needed[0] if steps is None else steps
     refine = needed[1] if refine is None else refine
     rows = torch.arange(len(x), device=x.device)

@@ -21,6 +21,7 @@ from cae.images import blur, inpaint
 
 Classifier = Callable[[Tensor], Tensor]
 Fill = Literal["uniform", "blur", "inpaint"]
+PATCH = 7  # pixels a side of the patches that are destroyed, as in the paper
 FILL_BLUR = 1 / 8
 """Sigma of the fill `blur`, as a share of the image's side."""
 BOOTSTRAP_CELLS = 4_000_000
@@ -59,7 +60,7 @@ def _square(centre: Tensor, reach: int, height: int, width: int) -> tuple[Tensor
     return torch.arange(len(centre), device=centre.device)[:, None, None], rows[:, :, None], cols[:, None, :]
 
 
-def rank_centres(maps: Tensor, count: int, patch: int = 7, *, disjoint: bool, seed: int) -> Tensor:
+def rank_centres(maps: Tensor, count: int, patch: int = PATCH, *, disjoint: bool, seed: int) -> Tensor:
     """Centres (B, count, 2) of the patches to cover, as (row, col), most important first; -1 where no room is left.
 
     Not disjoint, the paper's form (Section IV-C): the `count` largest pixels, whose patches may overlap and stick out.
@@ -104,7 +105,7 @@ def tie_share(maps: Tensor) -> Tensor:
     return (torch.cat((same, edge), 1) | torch.cat((edge, same), 1)).float().mean(1)
 
 
-def covering_step(centres: Tensor, height: int, width: int, patch: int = 7) -> Tensor:
+def covering_step(centres: Tensor, height: int, width: int, patch: int = PATCH) -> Tensor:
     """The step (B, H, W), from 0, at which a patch of `centres` (B, P, 2) first covers each pixel; P: never."""
     number, count, _ = centres.shape
     steps = torch.full((number, height, width), count, device=centres.device)
@@ -122,7 +123,7 @@ def covered_share(steps: Tensor, count: int) -> Tensor:
     return torch.stack([(steps <= step).flatten(1).float().mean(1) for step in range(count)], dim=1)
 
 
-def disjoint_steps(size: int, share: float = 0.075, patch: int = 7) -> int:
+def disjoint_steps(size: int, share: float = 0.075, patch: int = PATCH) -> int:
     """Number of disjoint patches that cover `share` of a square image, at least 1; 100 for 256 pixels."""
     return max(1, round(share * size * size / patch**2))
 
@@ -187,7 +188,7 @@ def perturbation_curve(
     target: Tensor,
     *,
     steps: int,
-    patch: int = 7,
+    patch: int = PATCH,
     disjoint: bool = True,
     fill: Fill = "uniform",
     draws: int = 5,

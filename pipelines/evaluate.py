@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cae.blackboxes import fingerprint
-from cae.explain import SEARCH_STRAIGHT, Mode, choose_mode
+from cae.explain import PAPER_MODES, Mode, choose_mode
 from cae.manifold import smote_codes
 from cae.peers.table import peers
 from pipelines import run as runs
@@ -134,8 +134,8 @@ def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
         if options.smooth:
             modes[UNSMOOTHED] = replace(options, smooth=0)
         for mode in get_args(Mode):
-            if mode != options.mode:  # the paper's, and what is compared with it, to the letter
-                how = options if mode in SEARCH_STRAIGHT else replace(options, smooth=0, inversion=0)
+            if mode != options.mode:
+                how = replace(options, smooth=0, inversion=0) if mode in PAPER_MODES else options  # to the letter
                 modes[f"CAE {mode}"] = replace(how, mode=mode, steps=0)
     return {name: path_options(how) for name, how in modes.items()}
 

@@ -14,6 +14,7 @@ from cae import classifiers, figures, plots, training
 from cae.classifiers import BlackBox
 from cae.explain import explain
 from cae.images import to_array, to_tensor
+from cae.metrics import PATCH
 from cae.networks import CAE
 from pipelines import tables, tracking
 from pipelines.bulk import read_images, read_part
@@ -69,10 +70,10 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
     for fill, group in curves.groupby("fill", sort=False) if len(curves) else ():
         means = {name: np.stack(part.long.to_list()).mean(0) for name, part in group.groupby("method", sort=False)}
         means = _better_forms(means)
-        covered = np.arange(1, len(next(iter(means.values()))) + 1) * 49 / options.model.image_size**2
+        covered = np.arange(1, len(next(iter(means.values()))) + 1) * PATCH**2 / options.model.image_size**2
         pictures["perturbation" if fill == "uniform" else f"perturbation_{fill}"] = (
             f"Mean fall of the probability of the predicted class over {group.id.nunique()} images of {headline}, by "
-            f"the share of the image destroyed in disjoint 7x7 patches, filled with {FILLS[str(fill)]}; of a "
+            f"the share of the image destroyed in disjoint {PATCH}x{PATCH} patches, filled with {FILLS[str(fill)]}; of a "
             "peer's maps as they are and smoothed, those that do better. AOPC in the tables is the mean over the first "
             f"{len(group.disjoint.iloc[0])} patches.",
             plots.perturbation_curves(means, covered),
