@@ -73,9 +73,9 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         covered = np.arange(1, len(next(iter(means.values()))) + 1) * PATCH**2 / options.model.image_size**2
         pictures["perturbation" if fill == "uniform" else f"perturbation_{fill}"] = (
             f"Mean fall of the probability of the predicted class over {group.id.nunique()} images of {headline}, by "
-            f"the share of the image destroyed in disjoint {PATCH}x{PATCH} patches, filled with {FILLS[str(fill)]}; of a "
-            "peer's maps as they are and smoothed, those that do better. AOPC in the tables is the mean over the first "
-            f"{len(group.disjoint.iloc[0])} patches.",
+            f"the share of the image destroyed in disjoint {PATCH}x{PATCH} patches, filled with {FILLS[str(fill)]}; "
+            "of a peer's maps as they are and smoothed, those that do better. AOPC in the tables is the mean over the "
+            f"first {len(group.disjoint.iloc[0])} patches.",
             plots.perturbation_curves(means, covered),
         )
     aopc = found["perturbation"].query("split == @headline and measure == 'aopc' and form == 'disjoint'")
