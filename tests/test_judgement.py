@@ -110,6 +110,26 @@ def test_an_oracle_must_believe_the_swap_too() -> None:
     assert other["score"] < plain["score"]
 
 
+def test_images_of_which_nothing_finite_comes_out_are_lost_and_their_maps_name_no_pixels() -> None:
+    class Broken(ToyCAE):
+        def decode(self, class_code: Tensor, individual_code: Tensor) -> Tensor:
+            image = super().decode(class_code, individual_code)
+            return torch.where(individual_code[:, :1, -1:, -1:] > 0.95, torch.nan, image)
+
+    cae, b, x, donors = cast(CAE, Broken()), seeing(0, 8), world(), draw_donors(CLASSES)
+    target, place = torch.from_numpy(CLASSES[donors]), torch.from_numpy(donors)
+    found = judge(cae, b, x, target, place, seeing(0, 8)).measures
+    for name in ("swap_success", "oracle_success", "keeps_class", "believed"):
+        assert found[name] == pytest.approx(1 - len(STUCK) / 10), name
+    drops = []
+    for i in sorted(set(range(10)) - set(STUCK)):
+        source = torch.tensor([CLASSES[i]])
+        code = cae.encode(x[donors[i]][None])[0]
+        heat = explain(cae, b, x[i][None], source, target[i][None], code, mode="integrated", steps=1).map
+        drops.append(float(aopc(perturbation_curve(b, x[i][None], heat, source, steps=1, draws=1))))
+    assert found["aopc"] == pytest.approx(sum(drops) / 10, abs=1e-6) and sum(drops) > 0.02
+
+
 def test_a_swap_towards_the_class_that_b_sees_anyway_proves_nothing() -> None:
     # By these labels, which are not b's predictions, some dark images are asked to become dark.
     y = np.array([1, 0, 0, 1, 1, 0, 1, 1, 1, 1])
