@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from cae import metrics
+from cae import counterfactuals, metrics
 from pipelines import pictures, report, tables
 
 NAMES = ("plain", "spot")
@@ -152,6 +153,29 @@ def test_a_class_that_sampling_leaves_one_code_of_is_no_error(monkeypatch: pytes
         assert row.images == 60 - left[seed] and row.forest_mean > 0.5
 
 
+def test_codes_of_the_commonest_classes_of_each_split_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "CLASSES", 2)
+    monkeypatch.setattr(tables, "SEPARATED", 8)
+    counts = {"val": (5, 3, 1), "test": (1, 7, 3)}
+    codes = pd.DataFrame([
+        {"split": split, "predicted": label} for split, of in counts.items() for label, n in enumerate(of)
+        for _ in range(n)
+    ])  # fmt: skip
+    kept = tables.sample_codes(codes, 0).groupby("split").predicted
+    assert kept.size().to_dict() == {"val": 8, "test": 8} and {k: set(v) for k, v in kept} == {
+        "val": {0, 1}, "test": {1, 2}}  # fmt: skip
+
+
+def test_separability_is_also_measured_without_parting_groups_where_there_are_any() -> None:
+    rng = np.random.default_rng(0)
+    codes = pd.DataFrame({"split": "test", "predicted": np.repeat([0, 1], 4), "group": np.arange(8) // 2})
+    codes["class_code"] = list(rng.normal(size=(8, 3)) + codes.predicted.to_numpy()[:, None] * 9)
+    (row,) = tables.separability_table(codes, 1).itertuples()
+    assert (row.folds, row.folds_grouped, row.forest_grouped_mean) == (4, 2, 1)
+    (row,) = tables.separability_table(codes.assign(group=np.arange(8)), 1).itertuples()  # as good as none
+    assert (row.folds, row.folds_grouped) == (4, 0)
+
+
 def test_images_of_one_patient_are_drawn_together() -> None:
     alone = tables.perturbation_table(tables.map_rows(rows()), {})
     of_patients = rows().assign(group=["a", "a", "b", "c"])
@@ -173,6 +197,29 @@ def test_an_image_with_a_nan_in_its_curve_is_left_out_of_that_comparison_alone()
         noise, blur = (table.loc[fill, "disjoint", measure, "random"] for fill in ("uniform", "blur"))
         assert (noise.images, blur.images) == (2, 3) and np.isfinite([noise.value, noise.low]).all()
     assert np.isclose(table.value["uniform", "disjoint", "aopc", "random"], 0.1)
+
+
+def test_the_mean_over_fills_is_of_images_that_have_all_and_of_fills_that_are_several() -> None:
+    spoiled = rows()
+    spoiled["maps"][0][2]["curves"][0]["disjoint"][1] = np.nan
+    table = tables.perturbation_table(tables.map_rows(spoiled), {}).set_index(["fill", "form", "measure", "method"])
+    row = table.loc["all", "disjoint", "aopc", "random"]
+    expected = [np.mean([VALUES["random"][fill][i] for fill in ("uniform", "blur")]) for i in (1, 2)]
+    assert row.images == 2 and np.isclose(row.value, np.mean(expected))
+    for entries in spoiled.maps.dropna():
+        for entry in entries:
+            entry["curves"] = entry.get("curves", [])[:1]
+    assert set(tables.perturbation_table(tables.map_rows(spoiled), {}).fill) == {"uniform", ""}
+
+
+def test_of_curves_the_peak_of_their_mean_is_taken_and_not_the_mean_of_their_peaks() -> None:
+    curves = {"CAE": [[0.9, 0.1, 0.2], [0.1, 0.3, 0.6]], "peer": [[0.4, 0.0, 0.0], [0.0, 0.2, 0.0]]}
+    frame = pd.DataFrame([
+        {"id": k, "group": k, "method": method, "disjoint": of[k]} for method, of in curves.items() for k in (0, 1)
+    ])  # fmt: skip
+    cae, peer = tables.compare(frame, "disjoint")
+    assert cae["value"] == pytest.approx(0.5) and peer["value"] == pytest.approx(0.2)
+    assert peer["cae_minus_this"] == pytest.approx(0.3)
 
 
 def test_rankings_of_fills_are_compared_by_kendalls_tau() -> None:
@@ -204,6 +251,12 @@ def test_what_is_missing_is_said_with_its_reason() -> None:
     assert said == {"class codes by SMOTE": "too few", "maps by peer": "it has no gradient"}
     blind = rows().assign(features=None)
     assert "no linear layer" in tables.skipped_table(blind, tables.map_rows(blind), {}).iloc[-1].reason
+
+
+def test_what_is_missing_is_counted() -> None:
+    maps = pd.DataFrame({"method": ["a", "a", "b", "b"], "error": ["no", "no", None, "no"]})
+    table = tables.skipped_table(pd.DataFrame({"measured": []}, dtype=bool), maps, {})
+    assert table[["what", "images"]].to_numpy().tolist() == [["maps by a", 2], ["maps by b", 1]]
 
 
 def test_tables_of_nothing_are_empty_and_have_columns() -> None:
@@ -243,6 +296,17 @@ def test_swaps_are_told_by_direction() -> None:
     assert set(found.index) == set(expected) and len(found) == 7
     for direction, row in expected.items():
         np.testing.assert_allclose(found.loc[direction], row, err_msg=direction)
+
+
+def test_an_oracle_is_asked_whether_swaps_have_the_donors_class_and_images_bs() -> None:
+    rows = pd.DataFrame({
+        "split": "test", "donor": "x", "source": 0, "swap_target": 1, "swap_predicted": [1, 1, 1, 1, 0],
+        "reconstruction_predicted": [0, 0, 2, 1, 0], "reconstruction_error": 0.1, "oracle_image": [0, 0, 1, 2, 0],
+        "oracle_swap": [1, 0, 0, 1, 1],
+    })  # fmt: skip
+    row = tables.swap_table(rows, NAMES).set_index("direction").loc["all"]
+    assert row.reconstruction_keeps_class == 3 / 5  # a third class is not the image's either
+    assert (row.success, row.oracle_success, row.oracle_agrees_on_images) == (4 / 5, 3 / 5, 3 / 5)
 
 
 def test_swaps_are_told_by_how_sure_the_classifier_is_of_the_image() -> None:
@@ -311,6 +375,51 @@ def test_counterfactuals_are_means_and_kid_is_to_real_images_of_the_class() -> N
     assert list(ways) == ["plain to spot"]
     p, monotone = ways["plain to spot"]
     assert p.shape == (12, 4) and np.isclose(monotone, 8 / 12)
+
+
+def kid(made: list[Any], real: list[Any], origin: list[int]) -> float:
+    """Of generated and real images; `origin` has the place among the latter of what each of the former is made of."""
+    a, b = (torch.from_numpy(np.stack(some)) for some in (made, real))
+    return counterfactuals.kid(lambda x: x, a, b, pairs=(torch.arange(len(origin)), torch.tensor(origin).long()))
+
+
+def test_kid_is_weighted_by_the_images_of_a_class_and_each_split_has_its_own() -> None:
+    frame = generated(31)[:31].sample(frac=1, random_state=0)  # in another order than their ids
+    frame["source"] = np.repeat([1, 0], [10, 21])
+    for entries in frame.counterfactuals[:10]:
+        entries[0]["target"] = 1
+    frame.iloc[10, frame.columns.get_loc("counterfactuals")] = None  # a real image that nothing was made of
+    other = generated(12).assign(split="test", identity_of_others=0.25)
+    other["id"] += " of test"
+    table = tables.counterfactual_table(pd.concat([frame, other])).set_index(["split", "kind"])
+    total = 0.0
+    for label, number in ((0, 20), (1, 10)):
+        part = frame[frame.source == label]
+        made = [entries[0]["features"] for entries in part.counterfactuals if entries]
+        assert len(made) == number
+        total += number * kid(made, part.features.to_list(), list(range(len(part) - number, len(part))))
+    assert np.isclose(table.kid["val", "reconstruction"], total / 30)
+    made = [entries[1]["features"] for entries in other[:12].counterfactuals]
+    assert np.isclose(table.kid["test", "swap"], kid(made, other.features[12:].to_list(), []))
+    assert table.identity_of_others["val", "swap"] == 0.5 and table.identity_of_others["test", "swap"] == 0.25
+
+
+def test_ways_by_direction_are_those_of_swaps_of_the_split() -> None:
+    frame = generated(12)
+    for entries in frame.counterfactuals.dropna():
+        entries.append(entries[1] | {"kind": "explanation", "way": [0.0, 0.0, 0.0, 1.0]})
+    other = generated(2).assign(split="test")
+    (p, monotone), = tables.ways_by_direction(pd.concat([frame, other]), "val", NAMES).values()  # fmt: skip
+    assert p.shape == (12, 4) and (p[:, 0] == 0.1).all() and np.isclose(monotone, 8 / 12)
+
+
+def test_grids_are_medians_over_the_images_of_a_split() -> None:
+    rows = pd.DataFrame({
+        "split": ["val", "test", "val", "val"], "grid2/image": [1.0, 5.0, 2.0, 9.0],
+        "grid4/swap": [np.nan, np.nan, 3.0, 4.0], "swap_p": 0.5,
+    })  # fmt: skip
+    table = tables.grid_table(rows).set_index(["split", "stride", "of"]).energy
+    assert table.to_dict() == {("val", 2, "image"): 2.0, ("test", 2, "image"): 5.0, ("val", 4, "swap"): 3.5}
 
 
 def test_seconds_are_ordered_and_held_against_cae() -> None:
