@@ -100,6 +100,27 @@ def test_no_way_ends_at_a_code_that_stands_among_another_class(tmp_path: Path, c
     assert held == {0: set(range(40)) - {3}, 1: set(range(40, 80)) - {50}}
 
 
+@pytest.mark.parametrize("counter", ["random", "nearest"])
+def test_ways_end_at_training_images_and_distances_are_to_those_alone(tmp_path: Path, counter: str) -> None:
+    codes = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    split, predicted = np.tile(["train", "val", "train", "test"], 15), np.arange(60) // 30
+    codes[:, 0] += 9 * predicted
+    table = pa.table({
+        "id": [f"image {k}" for k in range(60)], "split": split, "predicted": pa.array(predicted, pa.int32()),
+        "class_code": pa.array(list(codes), pa.list_(pa.float32())),
+    })  # fmt: skip
+    write_table(Run(str(tmp_path)), "codes/all.parquet", table)
+    (tmp_path / "run.json").write_text('{"options": {"dataset": "x"}, "stages": {}}')
+    found = read_ways(Run(str(tmp_path)), options(tmp_path, "--counter", counter))
+    training = {k: codes[k].tolist() for k in range(0, 60, 2)}
+    assert {label: len(ids) for label, (ids, _) in found.ends.items()} == {0: 15, 1: 15}
+    for label, (ids, ends) in found.ends.items():
+        for name, code in zip(ids, ends, strict=True):
+            k = int(name.split()[1])
+            assert k // 30 == label and training[k] == code.tolist()
+    assert sorted(found.codes.tolist()) == sorted(training.values())
+
+
 def test_targets() -> None:
     names = ("a", "b", "c", "d")
     p = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4]])
