@@ -119,6 +119,20 @@ def test_flips(share: float) -> None:
     assert flip.all() if share == 1 else not flip.any() if share == 0 else 0 < flip[:, 0].mean() < 1
 
 
+def test_passes_over_a_class_are_shuffled_each_anew() -> None:
+    index = draw_pairs(LABELS, TrainConfig(pairs=1200, batch=4), seed=0).index
+    common = index[np.isin(index, np.flatnonzero(LABELS == 5))]  # in the order of the steps, 200 a pass
+    passes = common[:600].reshape(3, 200)
+    for one in passes:
+        assert abs(np.corrcoef(one, np.arange(200))[0, 1]) < 0.4  # five standard errors are 0.35
+    assert (passes[0] == passes[1]).mean() < 0.1 and (passes[1] == passes[2]).mean() < 0.1
+
+
+def test_each_member_of_a_pair_is_mirrored_by_itself() -> None:
+    flip = draw_pairs(LABELS, TrainConfig(pairs=2000, flip=0.5), seed=0).flip
+    assert (flip[:, 0] != flip[:, 1]).mean() == pytest.approx(0.5, abs=0.06)
+
+
 @pytest.mark.parametrize(
     ("config", "count"),
     [

@@ -233,3 +233,37 @@ def test_disturbed_images_stay_near_and_each_is_its_own() -> None:
     slope = x[..., 8:24, 24].mean((1, 2)) - x[..., 8:24, 8].mean((1, 2))
     plain = (plane[..., 24] - plane[..., 8]).mean()
     assert 0.7 < slope.min() / plain < 0.9 and 1.1 < slope.max() / plain < 1.4
+
+
+def test_disturbing_is_its_slow_definition() -> None:
+    places = ((torch.arange(32) + 0.5) / 16 - 1).tolist()  # of pixels, in half sides from the middle
+    plane = 0.3 * torch.tensor(places)[:, None] - 0.2 * torch.tensor(places)
+    found = disturb(plane.expand(8, 3, 32, 32), torch.Generator().manual_seed(3))
+    draws = (torch.rand(6, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1).T.tolist()
+    for image, (turn, scale, dx, dy, bright, contrast) in zip(found, draws, strict=True):
+        for row, col in ((16, 16), (9, 20), (22, 8), (12, 11)):
+            across, down = (1 + 0.15 * scale) * places[col], (1 + 0.15 * scale) * places[row]
+            sin, cos = math.sin(0.15 * turn), math.cos(0.15 * turn)
+            there = 0.3 * (sin * across + cos * down + 0.1 * dy) - 0.2 * (cos * across - sin * down + 0.1 * dx)
+            expected = (there + 1) * (1 + 0.2 * contrast) - 1 + 0.15 * bright
+            assert image[:, row, col].tolist() == pytest.approx([expected] * 3, abs=1e-5)
+
+
+def test_warm_up_draws_classes_evenly_whatever_their_counts() -> None:
+    seen: list[Tensor] = []
+    network, y = CAE(TINY), np.repeat([0, 1], [58, 6])
+    images = np.broadcast_to(np.where(y, 250, 5).astype(np.uint8)[:, None, None, None], (64, 32, 32, 3)).copy()
+    network.individual_encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    warm_up(network, Discriminator(TINY, 2), images, y, replace(TRAIN, recon_warm_up=12), 0)
+    bright = (torch.cat(seen).mean((1, 2, 3)) > 0).float()
+    assert len(bright) == 192 and bright.mean().item() == pytest.approx(0.5, abs=0.18)  # five standard errors
+
+
+def test_the_loss_of_the_first_warm_up_is_the_mean_of_both_learners() -> None:
+    torch.manual_seed(0)
+    network, discriminator, (x, y) = CAE(TINY), Discriminator(TINY, 2), toy_batch(0, 16)
+    with torch.no_grad():  # which know nothing: a nat times log 2 each, but for the bias of a random head
+        for p in (*network.class_encoder.parameters(), *discriminator.parameters()):
+            p.zero_()
+    learned = warm_up(network, discriminator, to_array(x), y.numpy(), replace(TRAIN, warm_up=1), 0)
+    assert learned["class"] == pytest.approx(math.log(2), rel=0.1)
