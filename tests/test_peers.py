@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cae.classifiers import BlackBox
+from cae.images import blur
 from cae.peers import controls
 from cae.peers.full_grad import full_grad, simple_full_grad, smooth_full_grad
 from cae.peers.grad_cam import grad_cam
@@ -338,8 +339,38 @@ def test_occlusion_has_a_default_and_refuses_gaps() -> None:
             occlusion(net, images, target, window=window, stride=stride)
 
 
+def test_occlusions_default_window_is_an_eighth_of_the_side_and_its_stride_odd() -> None:
+    for height, width, window, stride in ((24, 16, 2, 1), (32, 40, 4, 3), (64, 48, 6, 3)):
+        net, images = LinearProbability(height, width), pictures(1, height, width)
+        given = net, images, torch.tensor([1])
+        torch.testing.assert_close(occlusion(*given), occlusion(*given, window=window, stride=stride))
+
+
 @pytest.mark.parametrize("name", peers(cae=None))
 def test_every_peer_of_the_table_gives_maps(name: str) -> None:
     box, images = small_box(), pictures(2)
     maps = peers()[name].maps(box, images, torch.tensor([0, 1]))
     assert maps.shape == images[:, 0].shape and maps.isfinite().all() and maps.flatten(1).std(1).gt(0).all()
+
+
+def test_names_of_the_table_stand_for_their_methods() -> None:
+    box, images, target = small_box(), pictures(2), torch.tensor([0, 1])
+    slow = {
+        "Grad-CAM": grad_cam(box, images, target),
+        "FullGrad": full_grad(box, images, target),
+        "Simple FullGrad": simple_full_grad(box, images, target),
+        "Smooth FullGrad": smooth_full_grad(box, images, target, samples=10, noise=0.15, simple=True),
+        "integrated gradients": integrated_gradients(box, images, target, baseline=-1.0),
+        "integrated gradients, blur": integrated_gradients(box, images, target, baseline=blur(images, 1 / 8)),
+        "occlusion": occlusion(box, images, target, baseline=0.0),
+        "LIME": lime(box, images, target, samples=500),
+        "RISE": rise(box, images, target, masks=1000, baseline=0.0),
+    }
+    found = peers()
+    assert set(found) == set(slow)
+    for name, expected in slow.items():
+        torch.testing.assert_close(found[name].maps(box, images, target), expected, msg=name)
+
+
+def test_only_the_peer_that_blurs_is_told_of_a_fill() -> None:
+    assert {name: peer.told for name, peer in peers().items() if peer.told} == {"integrated gradients, blur": ("blur",)}
