@@ -397,6 +397,35 @@ def test_inversion_finds_codes_by_which_b_sees_the_image() -> None:
     assert torch.equal(again, found.frames[:, 0])  # the code is the one that the frames are of
 
 
+def test_inversion_is_its_slow_definition() -> None:
+    network, blackbox, x, codes = crooked_world()
+    x = x[:10] * 0.3 + network(x[:10]).detach() * 0.7  # something it can give back
+    source, found = blackbox.probabilities(x).argmax(1), 0
+    with torch.no_grad():
+        class_code, individual_code = network.encode(x)
+    explained = explain(network, blackbox, x, source, (source + 1) % 4, codes[:10], inversion=12)
+    for k in range(len(x)):
+        code, momentum = individual_code[k : k + 1], torch.zeros_like(individual_code[:1])
+        pace, taken, before = INVERSION_RATE * float(code.std()), 0, False
+        right = blackbox.probabilities(network.decode(class_code[k : k + 1], code).detach()).argmax() == source[k]
+        for step in range(1, 13 if not right else 0):
+            code = code.detach().requires_grad_()
+            error = (network.decode(class_code[k : k + 1], code) - x[k]).abs().mean()
+            (gradient,) = torch.autograd.grad(error, code)
+            momentum = 0.9 * momentum + 0.1 * gradient
+            code = code.detach() - pace * momentum / momentum.square().mean().sqrt()
+            p = blackbox.probabilities(network.decode(class_code[k : k + 1], code).detach())[0]
+            before, right = right, bool(p.argmax() == source[k])
+            if right and before and step > 1:
+                taken = step
+                break
+        found += taken > 2
+        assert explained.inversion_steps[k] == taken
+        expected = code if taken else individual_code[k : k + 1]
+        torch.testing.assert_close(explained.individual_code[k : k + 1], expected.detach(), rtol=1e-6, atol=1e-9)
+    assert found > 0
+
+
 @pytest.mark.parametrize("mode", ["integrated", "patch"])
 def test_inversion_treats_every_image_alone(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cae.explain, "CPU_PIXELS_AT_ONCE", 16 * 3 * 32**2)  # three codes at once

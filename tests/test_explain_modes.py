@@ -28,7 +28,7 @@ from worlds import (
 
 import cae.explain
 from cae.classifiers import BlackBox
-from cae.explain import Mode
+from cae.explain import Mode, choose_mode
 
 
 def test_map_lies_on_the_blob_exactly() -> None:
@@ -301,3 +301,22 @@ def test_smooth_weighs_what_speaks_against_the_target_too(mode: str) -> None:
     assert (for_it * against_it == 0).all() and (for_it > 0).any() and (against_it > 0).any()
     smooth = explain(network, b, *given, mode=mode, smooth=0.05).map
     assert torch.allclose(smooth, cae.explain.blur(for_it - against_it, 0.05).clamp(min=0))
+
+
+def test_auto_is_the_mode_that_the_classifier_allows() -> None:
+    assert choose_mode("auto", True) == "integrated" and choose_mode("auto", False) == "patch"
+    for mode in get_args(Mode):
+        assert choose_mode(mode, True) == mode
+        if mode in ("integrated", "evidence"):
+            with pytest.raises(ValueError, match=f"--mode {mode} needs the classifier's gradient"):
+                choose_mode(mode, False)
+        else:
+            assert choose_mode(mode, False) == mode
+
+
+def test_the_blur_of_evidence_takes_texture_and_leaves_shapes() -> None:
+    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    place = torch.arange(64.0) - 31.5
+    disc = (place[:, None] ** 2 + place**2 < 8**2).float()[None]
+    left, kept = (cae.explain.blur(image, cae.explain.WITHOUT_TEXTURE) for image in (noise, disc))
+    assert left.std() < 0.2 and kept[0, 31:33, 31:33].min() > 0.95

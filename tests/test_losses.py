@@ -297,3 +297,15 @@ def test_an_objective_can_be_copied() -> None:
 def test_only_learned_does_without_the_black_box() -> None:
     heads: list[ClassHead] = ["learned", "distilled", "blackbox", "both"]
     assert [losses.needs_blackbox(head) for head in heads] == [False, True, True, True]
+
+
+def test_auto_is_the_class_head_that_the_classifier_allows() -> None:
+    assert losses.choose_class_head("auto", True) == "both" and losses.choose_class_head("auto", False) == "distilled"
+    heads: list[ClassHead] = ["learned", "distilled", "blackbox", "both"]
+    for head in heads:
+        assert losses.choose_class_head(head, True) == head
+        if head in ("blackbox", "both"):
+            with pytest.raises(ValueError, match=f"--class-head {head} needs the classifier's gradient"):
+                losses.choose_class_head(head, False)
+        else:
+            assert losses.choose_class_head(head, False) == head
