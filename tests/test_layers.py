@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from test_networks import images, tiny
 from torch import Tensor, nn
 
-from cae.layers import AdaINBlock, Detail, FrozenNorm, LayerNorm, OutConv, UpConv, learned_statistics, reflect
+from cae.layers import (
+    AdaINBlock,
+    Detail,
+    FrozenNorm,
+    LayerNorm,
+    OutConv,
+    StridedBlock,
+    UpConv,
+    learned_statistics,
+    reflect,
+)
 from cae.metrics import grid_energy
 from cae.networks import CAE
 
@@ -230,3 +240,29 @@ def test_frozen_norm_learns_statistics_where_it_is_told_to_and_nowhere_else() ->
     with pytest.raises(RuntimeError, match="a fault"), learned_statistics(module):
         raise RuntimeError("a fault")
     assert torch.equal(module(x), plain.eval()(x))
+
+
+def test_strided_block_is_its_slow_definition() -> None:
+    torch.manual_seed(0)
+    block, x = StridedBlock(3, 5, 2).double().eval(), torch.randn(2, 3, 8, 10, dtype=torch.double)
+    for value in (*block.parameters(), *block.buffers()):  # none of them at its trivial start
+        if value.is_floating_point():
+            value.data.uniform_(0.2, 1).mul_(1 if value.ndim == 1 else torch.randn_like(value))
+    first, norm1, _, second, norm2 = block.body
+    across, norm3 = block.shortcut
+
+    def normed(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        shift, scale, mean, var = (
+            value[:, None, None] for value in (norm.bias, norm.weight, norm.running_mean, norm.running_var)
+        )
+        return (y - mean) / (var + norm.eps).sqrt() * scale + shift
+
+    def convolved(y: Tensor, conv: nn.Conv2d, stride: int) -> Tensor:
+        y = nn.functional.pad(y, (1, 1, 1, 1), mode="reflect")
+        return nn.functional.conv2d(y, conv.weight, conv.bias)[:, :, ::stride, ::stride]
+
+    inside = normed(convolved(x, first, 2), norm1).clamp(min=0)
+    beside = torch.einsum("oi,bihw->bohw", across.weight[:, :, 0, 0], x[:, :, ::2, ::2]) + across.bias[:, None, None]
+    expected = (normed(convolved(inside, second, 1), norm2) + normed(beside, norm3)).clamp(min=0)
+    torch.testing.assert_close(block(x.clone()), expected, rtol=0, atol=1e-12)
+    assert (expected == 0).any() and (expected > 0).any()
