@@ -16,7 +16,7 @@ from worlds import BLOBS, SIDE, TOY, B, image, paint
 from cae import counterfactuals, metrics
 from cae.classifiers import BlackBox
 from cae.explain import explain, over_donors
-from cae.images import blur, encode_png
+from cae.images import blur, encode_png, to_array, to_tensor
 from cae.metrics import Fill
 from cae.networks import CAE
 from cae.peers import controls
@@ -213,6 +213,37 @@ def test_rows_tell_what_the_classifier_sees_in_reconstructions_and_how_far_off_t
             expected = metrics.grid_energy(images[k : k + 1].mean(1), 2).item()
             assert row[f"grid2/{name}"] == pytest.approx(expected, rel=1e-4)
             assert f"grid4/{name}" not in row  # too small for it
+
+
+def test_each_image_of_a_portion_gets_what_its_own_task_asks_for(tmp_path: Path) -> None:
+    arrays = to_array(seen().x)
+    x = to_tensor(arrays)
+    _, individual = TOY.encode(x)
+    source, maps = B.probabilities(x).argmax(1), random(3, SIDE, SIDE)
+    explained = {"id": list("cab"), "status": ["flipped"] * 3, "target": [1, 2, 0], "p_target_start": [0.1] * 3,
+                 "map": list(maps[[2, 0, 1]].flatten(1).numpy())}  # fmt: skip
+    write_table(Run(str(tmp_path)), "explanations/part.parquet", pa.table(explained))
+    donor = {"donor": "d", "donor_class": 2, "donor_code": [-0.5, 0.8]}
+    nothing = {"measured": False, "located": False, "shown": False, "donor": None, "new_codes": []}
+    tasks = [nothing | {"measured": True}, nothing | donor, nothing | {"measured": True}]
+    given = {"id": list("abc"), "image": [encode_png(array) for array in arrays], "mask": pa.nulls(3, pa.binary())}
+    judge = worker(run=Run(str(tmp_path)), fit="crop", methods={"CAE": None}, fills=("uniform",), full=False)
+    unit = {"shard": "split=val/0.parquet", "explanations": "part.parquet"}
+    rows = judge._portion(unit, tasks, pa.table(given))
+    assert [row["id"] for row in rows] == list("abc") and [row["measured"] for row in rows] == [True, False, True]
+    for k, row in enumerate(rows):  # held against the one before
+        others = counterfactuals.identity(individual[k : k + 1], individual[[k - 1]])
+        assert row["identity_of_others"] == pytest.approx(others.item())
+    assert ["swap_predicted" in row for row in rows] == [False, True, False]
+    p = B.probabilities(individual[1:2] + paint(FIRST[:1]))[0, 2].item()
+    assert rows[1]["swap_p"] == pytest.approx(p, abs=1e-5)
+    assert ["maps" in row for row in rows] == [True, False, True]
+    steps = metrics.disjoint_steps(SIDE)
+    for k, target in ((0, 2), (2, 1)):
+        (entry,), one = rows[k]["maps"], slice(k, k + 1)
+        curve = metrics.perturbation_curve(B, x[one], maps[one], source[one], steps=steps, draws=2, seed=3)
+        assert entry["curves"][0]["disjoint"] == pytest.approx(curve[0].tolist(), abs=1e-6)
+        assert rows[k]["counterfactuals"][1]["target"] == target
 
 
 def test_masks_are_where_the_truth_is_bright_and_nowhere_where_none_is_known() -> None:
