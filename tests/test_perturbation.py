@@ -265,7 +265,7 @@ def test_aopc_and_peak_degradation_are_eqs_11_and_12() -> None:
 
 
 def test_disjoint_steps() -> None:
-    assert [metrics.disjoint_steps(size) for size in (256, 128, 64, 4)] == [100, 25, 6, 1]
+    assert [metrics.disjoint_steps(size) for size in (256, 224, 128, 64, 48, 4)] == [100, 77, 25, 6, 4, 1]
     assert metrics.disjoint_steps(256, share=0.3) == 401
 
 

@@ -75,6 +75,7 @@ def test_perturbation_is_means_peaks_and_paired_differences() -> None:
             assert np.isclose(found.value[fill, "pixels", "insertion", method], 1 - np.mean(values[:kept]))
             assert row.told == (method == "peer" and fill == "blur")
             if method == "CAE":
+                assert np.isclose(found.value[fill, "pixels", "deletion", method], np.mean(values))
                 assert np.isnan([row.cae_minus_this, row.low, row.high]).all()
                 continue
             expected = metrics.paired_bootstrap(VALUES["CAE"][fill][:kept], values[:kept])

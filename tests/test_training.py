@@ -216,10 +216,14 @@ def test_adam_is_set_as_configured() -> None:
         assert sorted(given) == sorted(id(p) for p in player.parameters())
 
 
-def test_best_is_the_running_average_of_the_weights() -> None:
-    trainer = make_trainer(replace(TRAIN, ema=0.2))
+@pytest.mark.parametrize(
+    ("ema", "decays"),  # (1 + i) / (10 + i), until that is more
+    [(0.2, (0.1, 2 / 11, 0.2, 0.2)), (0.9, (0.1, 2 / 11, 3 / 12, 4 / 13))],
+)
+def test_best_is_the_running_average_of_the_weights(ema: float, decays: tuple[float, ...]) -> None:
+    trainer = make_trainer(replace(TRAIN, ema=ema))
     slow: list[Tensor] = []
-    for i, decay in enumerate((0.1, 2 / 11, 0.2, 0.2)):  # (1 + i) / (10 + i), until that is more than 0.2
+    for i, decay in enumerate(decays):
         trainer.step(*toy_batch(i))
         now = [p.detach().clone() for p in trainer.cae.parameters()]
         slow = [decay * a + (1 - decay) * b for a, b in zip(slow, now, strict=True)] if slow else now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import state
 
+import pipelines.ways
 from cae import classifiers, training
 from cae.explain import explain
 from cae.images import decode, to_tensor
@@ -101,7 +103,9 @@ def test_no_way_ends_at_a_code_that_stands_among_another_class(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("counter", ["random", "nearest"])
-def test_ways_end_at_training_images_and_distances_are_to_those_alone(tmp_path: Path, counter: str) -> None:
+def test_ways_end_at_training_images_and_distances_are_to_those_alone(
+    tmp_path: Path, counter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     codes = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     split, predicted = np.tile(["train", "val", "train", "test"], 15), np.arange(60) // 30
     codes[:, 0] += 9 * predicted
@@ -119,6 +123,12 @@ def test_ways_end_at_training_images_and_distances_are_to_those_alone(tmp_path: 
             k = int(name.split()[1])
             assert k // 30 == label and training[k] == code.tolist()
     assert sorted(found.codes.tolist()) == sorted(training.values())
+    # Of more than it takes, a random part.
+    monkeypatch.setattr(pipelines.ways, "DONOR_CODES", 5)
+    monkeypatch.setattr(pipelines.ways, "REFERENCE_CODES", 20)
+    found = read_ways(Run(str(tmp_path)), options(tmp_path, "--counter", counter))
+    assert len(found.ends[0][0]) == 5 and found.ends[0][0] != sorted(f"image {k}" for k in range(0, 30, 2))[:5]
+    assert len(found.codes) == 20 and {predicted[codes.tolist().index(code)] for code in found.codes.tolist()} == {0, 1}
 
 
 def test_targets() -> None:
@@ -136,6 +146,13 @@ def test_targets() -> None:
     for targets in ("runner-up", "all"):
         for i, label in choose_targets(alike, targets, names, set(range(1000))):
             assert label != int(alike[i].argmax())
+
+
+def test_maps_are_made_alike_by_the_command_line_and_from_python_but_for_inversion() -> None:
+    own = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}
+    told = path_options(ExplainOptions())
+    assert told.pop("inversion") == 8 and own["inversion"] == 0  # the paper's
+    assert {name: own[name] for name in told} == told
 
 
 # On the run that the pipeline tests share.
