@@ -204,7 +204,7 @@ def test_rows_tell_what_the_classifier_sees_in_reconstructions_and_how_far_off_t
 
     of = seen()
     of.reconstruction[1, :, 8, 8] = 0.9  # where this classifier looks, too
-    rows = worker(blackbox=BlackBox(Dark(), B.classes))._rows({"shard": "split=val/0.parquet"}, list("abc"), of)
+    rows = worker(blackbox=BlackBox(Dark(), B.classes))._rows({"split": "val"}, list("abc"), of)
     assert [row["source"] for row in rows] == [0, 1, 2] and [row["id"] for row in rows] == list("abc")
     assert [row["reconstruction_predicted"] for row in rows] == [0, 0, 2] and {row["split"] for row in rows} == {"val"}
     errors = [(of.reconstruction[k] - of.x[k]).abs().mean().item() for k in range(3)]
@@ -229,7 +229,7 @@ def test_each_image_of_a_portion_gets_what_its_own_task_asks_for(tmp_path: Path)
     tasks = [nothing | {"measured": True}, nothing | donor, nothing | {"measured": True}]
     given = {"id": list("abc"), "image": [encode_png(array) for array in arrays], "mask": pa.nulls(3, pa.binary())}
     judge = worker(run=Run(str(tmp_path)), fit="crop", methods={"CAE": None}, fills=("uniform",), full=False)
-    unit = {"shard": "split=val/0.parquet", "explanations": "part.parquet"}
+    unit = {"split": "val", "shard": "split=val/0.parquet", "explanations": "part.parquet"}
     rows = judge._portion(unit, tasks, pa.table(given))
     assert [row["id"] for row in rows] == list("abc") and [row["measured"] for row in rows] == [True, False, True]
     for k, row in enumerate(rows):  # held against the one before
