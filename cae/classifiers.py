@@ -150,6 +150,11 @@ class BlackBox(nn.Module):
         return self(x).float().softmax(1)
 
 
+def decided(p: Tensor) -> Tensor:
+    """The class (B,) that probabilities p (B, C) say; -1 where they are not finite, of which argmax would name one."""
+    return torch.where(p.isfinite().all(1), p.argmax(1), -1)
+
+
 def build(config: ClassifierConfig, classes: tuple[str, ...]) -> BlackBox:
     """A fresh built-in classifier."""
     return _own(ResNet(config.arch, len(classes), config.stem), classes)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae.classifiers import BlackBox
+from cae.classifiers import BlackBox, decided
 from cae.explain import explain
 from cae.metrics import aopc, disjoint_steps, perturbation_curve
 from cae.networks import CAE
@@ -87,11 +87,6 @@ def _walk(cae: CAE, blackbox: BlackBox, x: Tensor, target: Tensor, donors: Tenso
     source = blackbox.probabilities(x).argmax(1)
     path = explain(cae, blackbox, x, source, target, cae.encode(donors)[0], mode="auto", steps=1, refine=0)
     reconstruction, swap = path.frames[:, 0], path.frames[:, -1]
-
-    def success(p: Tensor) -> Tensor:
-        """Whether (B,) probabilities (B, C) say the donor's class: argmax takes a NaN for the greatest of them."""
-        return (p.argmax(1) == target) & p.isfinite().all(1)
-
     p_swap = blackbox.probabilities(swap)
     fine, keeps = (
         torch.tensor([status not in bad for status in path.status], device=x.device)
@@ -99,11 +94,11 @@ def _walk(cae: CAE, blackbox: BlackBox, x: Tensor, target: Tensor, donors: Tenso
     )
     found = {
         "reconstruction": reconstruction, "swap": swap, "p_target": p_swap.gather(1, target[:, None])[:, 0],
-        "asked": source != target, "swap_success": success(p_swap), "keeps_class": keeps,
+        "asked": source != target, "swap_success": decided(p_swap) == target, "keeps_class": keeps,
     }  # fmt: skip
     found["believed"] = found["swap_success"] & found["keeps_class"]
     if oracle is not None:
-        found["oracle_success"] = success(oracle.probabilities(swap))
+        found["oracle_success"] = decided(oracle.probabilities(swap)) == target
         found["believed"] &= found["oracle_success"]
     drops = torch.zeros(len(x), device=x.device)  # a map that is not finite names no pixels
     if fine.any():

@@ -147,12 +147,13 @@ class EmbedWorker:
             for name, tensor in found.items():
                 columns[name].append(tensor[: len(arrays)].float().cpu().numpy())
         codes, p_reconstruction, error = (np.concatenate(parts) for parts in columns.values())
+        seen = classifiers.decided(torch.from_numpy(p_reconstruction))
         return pa.table({
             "id": table["id"], "split": pa.array([unit["split"]] * len(table), pa.string()),
             "label": table["label"], "predicted": said["predicted"], "probabilities": said["probabilities"],
             "class_code": pa.array(list(codes), pa.list_(pa.float32())),
             "reconstruction_error": pa.array(error, pa.float32()),
-            "reconstruction_predicted": pa.array(p_reconstruction.argmax(1), pa.int32()),
+            "reconstruction_predicted": pa.array(seen.numpy(), pa.int32()),
         })  # fmt: skip
 
 

@@ -205,7 +205,7 @@ class MeasureWorker:
         return Seen(x, *self.blackbox.probabilities(x).max(1), code, individual, self.cae.decode(code, individual))
 
     def _rows(self, unit: Unit, ids: list[str], seen: Seen) -> list[dict[str, Any]]:
-        found = self.blackbox.probabilities(seen.reconstruction).argmax(1)
+        found = classifiers.decided(self.blackbox.probabilities(seen.reconstruction))
         error = (seen.reconstruction - seen.x).abs().mean((1, 2, 3))
         rows: list[dict[str, Any]] = [
             {"id": name, "split": unit["split"], "source": a, "reconstruction_predicted": b, "reconstruction_error": c}
@@ -219,22 +219,22 @@ class MeasureWorker:
         """Give the images the class codes of their donors, and see what the classifier (and the oracle) says."""
         donated = self.cae.decode(self._tensor([task["donor_code"] for task in tasks]), seen.individual)
         p = self.blackbox.probabilities(donated)
-        for k, (row, task) in enumerate(zip(rows, tasks, strict=True)):
+        for row, task, predicted, of_swap in zip(rows, tasks, classifiers.decided(p).tolist(), p.tolist(), strict=True):
             target = task["donor_class"]
-            row |= {"donor": task["donor"], "swap_target": target, "swap_predicted": int(p[k].argmax()),
-                    "swap_p": float(p[k, target])}  # fmt: skip
+            row |= {"donor": task["donor"], "swap_target": target, "swap_predicted": predicted,
+                    "swap_p": of_swap[target]}  # fmt: skip
         _measure_grid(rows, {"swap": donated})
         if self.oracle is not None:
-            of_image, of_swap = (self.oracle.probabilities(image).argmax(1).tolist() for image in (seen.x, donated))
-            for row, image, swapped in zip(rows, of_image, of_swap, strict=True):
-                row |= {"oracle_image": image, "oracle_swap": swapped}
+            said = [classifiers.decided(self.oracle.probabilities(image)).tolist() for image in (seen.x, donated)]
+            for row, of_image, swapped in zip(rows, *said, strict=True):
+                row |= {"oracle_image": of_image, "oracle_swap": swapped}
 
     @torch.no_grad()
     def _decode_new(self, task: dict[str, Any], individual: Tensor) -> list[int]:
         """b's classes for new class codes, decoded with an image's individual code."""
         codes = self._tensor(task["new_codes"])
         frames = [self.cae.decode(some, individual[None]) for some in codes.split(64)]
-        return [label for frame in frames for label in self.blackbox.probabilities(frame).argmax(1).tolist()]
+        return [label for frame in frames for label in classifiers.decided(self.blackbox.probabilities(frame)).tolist()]
 
     def _masks(self, masks: list[bytes | None]) -> Tensor:
         """Where the truth lies, bool (B, S, S): all False where it is not known."""

@@ -216,6 +216,21 @@ def test_rows_tell_what_the_classifier_sees_in_reconstructions_and_how_far_off_t
             assert f"grid4/{name}" not in row  # too small for it
 
 
+def test_what_is_not_finite_is_seen_as_no_class() -> None:
+    """The greatest of not-a-numbers is the first class for argmax: a broken image would count as a swap to it."""
+    of, whole = seen(), seen()
+    of.reconstruction[1, :, 2, 2] = of.individual[2] = torch.nan
+    rows, tasks = worker()._rows({"split": "val"}, list("abc"), of), [{"donor": "d", "donor_class": 0}] * 3
+    assert [row["reconstruction_predicted"] for row in rows] == [0, -1, 2]
+    for task in tasks:
+        task["donor_code"] = whole.code[0].tolist()
+    judge = worker(oracle=B)
+    judge._swap(rows, tasks, of)
+    assert [row["swap_predicted"] >= 0 for row in rows] == [True, True, False] and rows[2]["swap_predicted"] == -1
+    assert rows[2]["oracle_swap"] == -1 and rows[2]["oracle_image"] == 2
+    assert judge._decode_new({"new_codes": whole.code.tolist()}, of.individual[2]) == [-1] * 3
+
+
 def test_each_image_of_a_portion_gets_what_its_own_task_asks_for(tmp_path: Path) -> None:
     arrays = to_array(seen().x)
     x = to_tensor(arrays)
