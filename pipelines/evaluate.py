@@ -37,6 +37,7 @@ from pipelines.train import open_oracle
 from pipelines.ways import read_ways
 
 SWAPS = 2000  # images a split whose class codes are swapped, at most
+DONORS = 5  # swaps of each image: of one each, some tens of odd donors move the success by a percent or two
 NEW_CODES, MOST_NEW_CODES = 2000, 40_000  # class codes made by SMOTE, of each class, and of all at most
 UNSMOOTHED = "CAE, not smoothed"
 SHOWN = 8  # images whose maps by every method are drawn side by side
@@ -161,14 +162,14 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
     """Which image to swap with whose class code, and which to measure, show and combine with new class codes."""
     codes = read_table(run, "codes", ["id", "split", "label", "predicted", "class_code"]).to_pandas()
     explained = read_table(run, "explanations", ["id", "split", "status"]).to_pandas()
-    rng = np.random.default_rng(options.seed)
+    rng, by_image = np.random.default_rng(options.seed), np.random.default_rng((options.seed, 1))
     full = options.tables == "full"
     splits = [split for split in options.splits if (codes.split == split).any()]
     headline = "test" if "test" in splits else splits[-1]
     tasks: dict[str, dict[str, Any]] = {}
     nothing: dict[str, Any] = {
-        "donor": None, "donor_class": None, "donor_code": None, "measured": False, "located": False, "shown": False,
-        "new_codes": [], "new_classes": [],
+        "donor": None, "donor_class": None, "donor_code": None, "other_donors": [], "measured": False,
+        "located": False, "shown": False, "new_codes": [], "new_classes": [],
     }  # fmt: skip
     for split in splits:
         of_split = codes[codes.split == split].sort_values("id")
@@ -177,8 +178,10 @@ def make_plan(run: Run, options: EvaluateOptions) -> Plan:
             others = np.flatnonzero(classes != classes[i])
             if len(others):
                 donor = of_split.iloc[int(rng.choice(others))]
+                more = of_split.iloc[by_image.choice(others, DONORS - 1)]
                 tasks[of_split.iloc[int(i)].id] = nothing | {
                     "donor": donor.id, "donor_class": int(donor.predicted), "donor_code": donor.class_code.tolist(),
+                    "other_donors": [(int(one.predicted), one.class_code.tolist()) for one in more.itertuples()],
                 }  # fmt: skip
     skipped: dict[str, str] = {}
     for split in splits:

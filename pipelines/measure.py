@@ -6,7 +6,7 @@ it by several methods, or several times over, lies in lists in that row, and `pi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, get_args
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cae import classifiers, counterfactuals, metrics, training
-from cae.classifiers import BlackBox
+from cae.classifiers import BlackBox, decided
 from cae.data import first_line
 from cae.explain import along, explain, images_at_once, over_donors
 from cae.images import Fit, blur, load, to_tensor
@@ -38,6 +38,7 @@ AREA_STEPS = 10  # of the insertion and deletion curves
 STRIDES = (2, 4)  # of the encoders' convolutions and of the decoder's upsampling
 WALK = 9  # frames of a straight path between two class codes
 AT_ONCE = 16  # images that a method is given, or walked with, at once
+OTHER_SWAPS = ("swap_target", "swap_predicted", "oracle_swap")  # what is kept of an image's further swaps
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 BRIEF_PEERS = ("Grad-CAM",)
 ALREADY_SMOOTH = ("centre",)  # controls that a blur would only turn into themselves
@@ -147,8 +148,9 @@ class MeasureWorker:
     """Measures the images that a unit's `tasks` name, each as far as its task says.
 
     A task has the `row` of its image in the shard, the `donor` whose class code is put into it (with `donor_class` and
-    `donor_code`; or None), the `new_codes` of `new_classes` that are decoded with its individual code, whether its maps
-    are `measured` by destroying the image, and held to the truth where that is known (`located`), and `shown`, kept.
+    `donor_code`; or None), classes and codes of `other_donors`, of which the classes seen are all that is kept, the
+    `new_codes` of `new_classes` that are decoded with its individual code, whether its maps are `measured` by
+    destroying the image, and held to the truth where that is known (`located`), and `shown`, kept.
     """
 
     def __init__(self, run: Run, spec: str, names: tuple[str, ...], size: int, fit: Fit, device: str, ways: Ways,
@@ -205,7 +207,7 @@ class MeasureWorker:
         return Seen(x, *self.blackbox.probabilities(x).max(1), code, individual, self.cae.decode(code, individual))
 
     def _rows(self, unit: Unit, ids: list[str], seen: Seen) -> list[dict[str, Any]]:
-        found = classifiers.decided(self.blackbox.probabilities(seen.reconstruction))
+        found = decided(self.blackbox.probabilities(seen.reconstruction))
         error = (seen.reconstruction - seen.x).abs().mean((1, 2, 3))
         rows: list[dict[str, Any]] = [
             {"id": name, "split": unit["split"], "source": a, "reconstruction_predicted": b, "reconstruction_error": c}
@@ -217,24 +219,33 @@ class MeasureWorker:
     @torch.no_grad()
     def _swap(self, rows: list[dict[str, Any]], tasks: list[dict[str, Any]], seen: Seen) -> None:
         """Give the images the class codes of their donors, and see what the classifier (and the oracle) says."""
-        donated = self.cae.decode(self._tensor([task["donor_code"] for task in tasks]), seen.individual)
-        p = self.blackbox.probabilities(donated)
-        for row, task, predicted, of_swap in zip(rows, tasks, classifiers.decided(p).tolist(), p.tolist(), strict=True):
-            target = task["donor_class"]
-            row |= {"donor": task["donor"], "swap_target": target, "swap_predicted": predicted,
-                    "swap_p": of_swap[target]}  # fmt: skip
+
+        def donate(donors: Iterable[tuple[int, list[float]]]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+            """The images with classes' codes put into them, b's probabilities of them, and what is seen in each."""
+            targets, codes = zip(*donors, strict=True)
+            swaps = self.cae.decode(self._tensor(codes), seen.individual)
+            p = self.blackbox.probabilities(swaps)
+            oracle = decided(self.oracle.probabilities(swaps)).tolist() if self.oracle else [None] * len(swaps)
+            told = zip(targets, decided(p).tolist(), oracle, strict=True)
+            return swaps, p, [{"swap_target": a, "swap_predicted": b, "oracle_swap": c} for a, b, c in told]
+
+        donated, p, seen_in = donate((task["donor_class"], task["donor_code"]) for task in tasks)
+        for row, task, one, of_swap in zip(rows, tasks, seen_in, p.tolist(), strict=True):
+            row |= {"donor": task["donor"], **one, "swap_p": of_swap[one["swap_target"]], "other_swaps": []}
         _measure_grid(rows, {"swap": donated})
+        for others in zip(*(task["other_donors"] for task in tasks), strict=True):
+            for row, one in zip(rows, donate(others)[2], strict=True):
+                row["other_swaps"].append(one)
         if self.oracle is not None:
-            said = [classifiers.decided(self.oracle.probabilities(image)).tolist() for image in (seen.x, donated)]
-            for row, of_image, swapped in zip(rows, *said, strict=True):
-                row |= {"oracle_image": of_image, "oracle_swap": swapped}
+            for row, of_image in zip(rows, decided(self.oracle.probabilities(seen.x)).tolist(), strict=True):
+                row["oracle_image"] = of_image
 
     @torch.no_grad()
     def _decode_new(self, task: dict[str, Any], individual: Tensor) -> list[int]:
         """b's classes for new class codes, decoded with an image's individual code."""
         codes = self._tensor(task["new_codes"])
         frames = [self.cae.decode(some, individual[None]) for some in codes.split(64)]
-        return [label for frame in frames for label in classifiers.decided(self.blackbox.probabilities(frame)).tolist()]
+        return [label for frame in frames for label in decided(self.blackbox.probabilities(frame)).tolist()]
 
     def _masks(self, masks: list[bytes | None]) -> Tensor:
         """Where the truth lies, bool (B, S, S): all False where it is not known."""
@@ -366,7 +377,7 @@ class MeasureWorker:
         except UNFIT:
             return [None] * len(images)
 
-    def _tensor(self, values: list[Any]) -> Tensor:
+    def _tensor(self, values: Iterable[Any]) -> Tensor:
         return torch.from_numpy(np.stack([np.asarray(value, np.float32) for value in values])).to(self.device)
 
 
@@ -399,6 +410,7 @@ SCHEMA = pa.schema(
         "id": pa.string(), "split": pa.string(), "donor": pa.string(), "source": pa.int32(), "swap_target": pa.int32(),
         "reconstruction_predicted": pa.int32(), "swap_predicted": pa.int32(), "swap_p": pa.float32(),
         "oracle_image": pa.int32(), "oracle_swap": pa.int32(),
+        "other_swaps": pa.list_(pa.struct({name: pa.int32() for name in OTHER_SWAPS})),
         "measured": pa.bool_(), "reconstruction_error": pa.float32(),
     }
     | {f"grid{n}/{of}": pa.float32() for n in STRIDES for of in ("image", "reconstruction", "swap", "map")}

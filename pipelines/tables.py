@@ -206,7 +206,7 @@ def swap_table(rows: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     With an oracle: the share of swaps that it gives that class too, and of images that it gives b's class.
     """
     out = []
-    for split, part in rows.dropna(subset="donor").groupby("split"):
+    for split, part in each_swap(rows).groupby("split"):
         groups: list[tuple[str, pd.DataFrame]] = [("all", part)]
         groups += [(f"{names[a]} to {names[int(b)]}", g) for (a, b), g in part.groupby(["source", "swap_target"])]
         out += [{"split": split, "direction": direction} | _swapped(group) for direction, group in groups]
@@ -219,7 +219,7 @@ def confidence_table(rows: pd.DataFrame, probabilities: Mapping[str, ArrayLike])
     A reconstruction is a little off, so where b wavers between two classes it may have the other one.
     """
     sure = rows.id.map({name: float(np.max(p)) for name, p in probabilities.items()})
-    known = rows.assign(confidence=pd.cut(sure, CONFIDENCE, right=False)).dropna(subset=["donor", "confidence"])
+    known = each_swap(rows.assign(confidence=pd.cut(sure, CONFIDENCE, right=False)).dropna(subset="confidence"))
     out = [
         {"split": split, "confidence_from": share.left, "to": min(share.right, 1.0)} | _swapped(group)
         for (split, share), group in known.groupby(["split", "confidence"], observed=True)
@@ -227,17 +227,28 @@ def confidence_table(rows: pd.DataFrame, probabilities: Mapping[str, ArrayLike])
     return pd.DataFrame(out, columns=None if out else ["split", "confidence_from", "to", "images", "success"])
 
 
+def each_swap(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for every swap of every image, under the image's index: of its first donor, and of the others."""
+    first = rows.dropna(subset="donor")
+    others = first.other_swaps.explode().dropna() if "other_swaps" in rows else pd.Series(dtype=object)
+    if others.empty:
+        return first
+    seen = pd.DataFrame(others.to_list(), index=others.index)
+    return pd.concat([first, first.drop(columns=list(seen)).join(seen, how="right")])
+
+
 def _swapped(rows: pd.DataFrame) -> dict[str, Any]:
-    """What Table IV has of some images that were given the class codes of their donors."""
+    """What Table IV has of some swaps (`each_swap`), and of their images."""
+    images = rows[~rows.index.duplicated()]
     row = {
-        "images": len(rows),
+        "images": len(images), "swaps": len(rows),
         "success": float((rows.swap_predicted == rows.swap_target).mean()),
-        "reconstruction_keeps_class": float((rows.reconstruction_predicted == rows.source).mean()),
-        "reconstruction_error": float(rows.reconstruction_error.mean()),
-    }
+        "reconstruction_keeps_class": float((images.reconstruction_predicted == images.source).mean()),
+        "reconstruction_error": float(images.reconstruction_error.mean()),
+    }  # fmt: skip
     if rows.oracle_swap.notna().any():
         row |= {"oracle_success": float((rows.oracle_swap == rows.swap_target).mean()),
-                "oracle_agrees_on_images": float((rows.oracle_image == rows.source).mean())}  # fmt: skip
+                "oracle_agrees_on_images": float((images.oracle_image == images.source).mean())}  # fmt: skip
     return row
 
 

@@ -49,7 +49,9 @@ def test_the_tables_follow_from_the_rows(finished: Path) -> None:
     rows = parts(finished / "evaluation/images")
     table = pd.read_csv(finished / "evaluation/swap_success.csv").query("direction == 'all'").set_index("split")
     for split, part in rows.groupby("split"):
-        assert np.isclose(table.success[split], (part.swap_predicted == part.swap_target).mean())
+        others = [one["swap_predicted"] == one["swap_target"] for swaps in part.other_swaps for one in swaps]
+        assert np.isclose(table.success[split], np.mean([*(part.swap_predicted == part.swap_target), *others]))
+        assert table.swaps[split] == evaluate.DONORS * len(part)
         assert (part.source != part.swap_target).all()
     measured = pd.read_csv(finished / "evaluation/measured.csv")
     assert set(measured.id) == set(rows.id[rows.measured]) and measured.split.value_counts().to_dict() == {
@@ -79,6 +81,7 @@ def test_what_is_measured_of_an_image_is_what_comes_out_by_hand(finished: Path) 
         assert row.swap_target == codes.predicted[row.donor] and row.swap_predicted == int(p.argmax())
         assert row.swap_p == pytest.approx(float(p[row.swap_target]), abs=1e-4)
         assert row.reconstruction_error == pytest.approx(error, abs=1e-5)
+        assert [one["swap_target"] != row.source for one in row.other_swaps] == [True] * (evaluate.DONORS - 1)
         if row.measured:
             heat = torch.from_numpy(maps["map"][row.id].astype(np.float32)).view(1, 32, 32)
             curve = perturbation_curve(blackbox, x, heat, torch.tensor([row.source]), steps=steps, draws=2)
@@ -102,11 +105,11 @@ def test_an_image_whose_target_has_no_counter_code_or_no_donor_is_not_lost(finis
         assert (row["status"] == "failed") == (row["target"] == 1)
         assert ("no training image the class spot" in row["error"]) == (row["target"] == 1)
     tasks = [NOTHING | {"row": i} for i in range(2)]
-    tasks[1] |= {"donor": "d", "donor_class": 1, "donor_code": [0.0] * 8}
+    tasks[1] |= {"donor": "d", "donor_class": 1, "donor_code": [0.0] * 8, "other_donors": [(1, [0.1] * 8)] * 3}
     rows = MeasureWorker(run, **common, **HOW)(unit | {"tasks": tasks, "explanations": unit["part"]}).to_pandas()
     assert rows.donor.isna().tolist() == rows.swap_predicted.isna().tolist() == [True, False]
     table = swap_table(rows, ("plain", "spot"))
-    assert table.query("direction == 'all'").images.tolist() == [1]
+    assert table.query("direction == 'all'")[["images", "swaps"]].to_numpy().tolist() == [[1, 4]]
     assert swap_table(rows[:1], ("plain", "spot")).empty
 
 
@@ -117,7 +120,8 @@ def test_a_second_classifier_is_asked_about_every_swap(finished: Path, tmp_path:
     classifiers.save(str(tmp_path / "other"), classifiers.build(config, names), config)
     unit = shard_units(run, ("test",))[0]
     code = parts(finished / "codes").class_code[0].tolist()
-    tasks = [NOTHING | {"row": i, "donor": "d", "donor_class": i % 2, "donor_code": code} for i in range(unit["rows"])]
+    tasks = [NOTHING | {"row": i, "donor": "d", "donor_class": i % 2, "donor_code": code, "other_donors": []}
+             for i in range(unit["rows"])]  # fmt: skip
     unit |= {"tasks": tasks, "explanations": unit["part"]}
     common = {"spec": str(finished / "classifier"), "names": names, "size": 32, "fit": "crop", "device": "cpu"}
     tables = {

@@ -180,7 +180,8 @@ def test_the_way_to_an_explanation_is_walked_with_the_code_that_was_fitted_to_th
 def test_swaps_and_new_codes_are_decoded_with_the_images_own_individual_codes() -> None:
     of, judge = seen(), oracle()
     rows: list[dict[str, Any]] = [{} for _ in range(3)]
-    tasks = [{"donor": f"d{k}", "donor_class": target, "donor_code": FIRST[k].numpy()}
+    tasks = [{"donor": f"d{k}", "donor_class": target, "donor_code": FIRST[k].numpy(),
+              "other_donors": [((target + n) % 3, FIRST[k - n].numpy()) for n in (1, 2)]}
              for k, target in enumerate(TARGETS)]  # fmt: skip
     worker(oracle=judge)._swap(rows, tasks, of)
     swaps = of.individual + paint(FIRST)
@@ -191,6 +192,12 @@ def test_swaps_and_new_codes_are_decoded_with_the_images_own_individual_codes() 
     decoded = TOY.decode(FIRST, of.individual)
     assert [row["oracle_image"] for row in rows] == judge.probabilities(of.x).argmax(1).tolist()
     assert [row["oracle_swap"] for row in rows] == judge.probabilities(decoded).argmax(1).tolist()
+    for n in (1, 2):
+        others = TOY.decode(FIRST.roll(n, 0), of.individual)
+        expected = [B.probabilities(others).argmax(1).tolist(), judge.probabilities(others).argmax(1).tolist()]
+        told = [row["other_swaps"][n - 1] for row in rows]
+        assert [[one[name] for one in told] for name in ("swap_predicted", "oracle_swap")] == expected
+        assert [one["swap_target"] for one in told] == [(target + n) % 3 for target in TARGETS]
     codes = torch.rand(70, 2, generator=torch.Generator().manual_seed(0)) * 1.5 - 0.75
     expected = B.probabilities(TOY.decode(codes, of.individual[1:2].expand(70, -1, -1, -1))).argmax(1).tolist()
     assert worker()._decode_new({"new_codes": list(codes.numpy())}, of.individual[1]) == expected
@@ -220,7 +227,8 @@ def test_what_is_not_finite_is_seen_as_no_class() -> None:
     """The greatest of not-a-numbers is the first class for argmax: a broken image would count as a swap to it."""
     of, whole = seen(), seen()
     of.reconstruction[1, :, 2, 2] = of.individual[2] = torch.nan
-    rows, tasks = worker()._rows({"split": "val"}, list("abc"), of), [{"donor": "d", "donor_class": 0}] * 3
+    rows = worker()._rows({"split": "val"}, list("abc"), of)
+    tasks: list[dict[str, Any]] = [{"donor": "d", "donor_class": 0, "other_donors": []}] * 3
     assert [row["reconstruction_predicted"] for row in rows] == [0, -1, 2]
     for task in tasks:
         task["donor_code"] = whole.code[0].tolist()
@@ -239,7 +247,7 @@ def test_each_image_of_a_portion_gets_what_its_own_task_asks_for(tmp_path: Path)
     explained = {"id": list("cab"), "status": ["flipped"] * 3, "target": [1, 2, 0], "p_target_start": [0.1] * 3,
                  "map": list(maps[[2, 0, 1]].flatten(1).numpy())}  # fmt: skip
     write_table(Run(str(tmp_path)), "explanations/part.parquet", pa.table(explained))
-    donor = {"donor": "d", "donor_class": 2, "donor_code": [-0.5, 0.8]}
+    donor = {"donor": "d", "donor_class": 2, "donor_code": [-0.5, 0.8], "other_donors": []}
     nothing = {"measured": False, "located": False, "shown": False, "donor": None, "new_codes": []}
     tasks = [nothing | {"measured": True}, nothing | donor, nothing | {"measured": True}]
     given = {"id": list("abc"), "image": [encode_png(array) for array in arrays], "mask": pa.nulls(3, pa.binary())}

@@ -299,6 +299,26 @@ def test_swaps_are_told_by_direction() -> None:
         np.testing.assert_allclose(found.loc[direction], row, err_msg=direction)
 
 
+def test_every_swap_of_an_image_counts_and_the_image_once() -> None:
+    def swap(target: int, predicted: int, oracle: int) -> dict[str, int]:
+        return {"swap_target": target, "swap_predicted": predicted, "oracle_swap": oracle}
+
+    rows = pd.DataFrame({
+        "id": list("abc"), "split": "test", "donor": ["x", "y", None], "source": [0, 1, 1], "swap_target": [1, 0, None],
+        "swap_predicted": [1, 1, None], "oracle_swap": [1, 0, None], "oracle_image": [0, 2, None],
+        "reconstruction_predicted": [0, 2, 1], "reconstruction_error": [0.1, 0.3, 0.5],
+        "other_swaps": [[swap(2, 2, 0), swap(1, 0, 1)], [swap(0, 0, 0), swap(0, 0, 1)], None],
+    })  # fmt: skip
+    table = tables.swap_table(rows, ("no", "one", "two")).set_index("direction")
+    expected = {"all": (2, 6, 4 / 6, 1 / 2, 0.2, 4 / 6, 1 / 2), "no to one": (1, 2, 1 / 2, 1, 0.1, 1, 1),
+                "no to two": (1, 1, 1, 1, 0.1, 0, 1), "one to no": (1, 3, 2 / 3, 0, 0.3, 2 / 3, 0)}  # fmt: skip
+    assert list(table.index) == list(expected)
+    for direction, row in expected.items():
+        np.testing.assert_allclose(table.drop(columns="split").loc[direction].to_numpy(float), row, err_msg=direction)
+    by = tables.confidence_table(rows, {"a": [0.9, 0.1], "b": [0.2, 0.8], "c": [0.1, 0.9]})
+    assert by[["images", "swaps", "success"]].to_numpy().tolist() == [[1, 3, 2 / 3], [1, 3, 2 / 3]]
+
+
 def test_an_oracle_is_asked_whether_swaps_have_the_donors_class_and_images_bs() -> None:
     rows = pd.DataFrame({
         "split": "test", "donor": "x", "source": 0, "swap_target": 1, "swap_predicted": [1, 1, 1, 1, 0],
