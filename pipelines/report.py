@@ -89,8 +89,9 @@ def write_report(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         ),
         Section(
             "Swapping class codes",
-            "Each image is rebuilt with the class code of an image of another class and shown to the classifier. A "
-            "good embedding changes what the classifier looks at and keeps the individual.",
+            "Each image is rebuilt with the class codes of images of another class, five at random, the first of which "
+            "are in the pictures, and shown to the classifier. A good embedding changes what the classifier looks at "
+            "and keeps the individual.",
             shown("swaps", "swap_grid", "swap_classes"),
             table("Swap success, and how often the reconstruction keeps the class (Table IV)", "swap_success")
             + table("The same by how sure the classifier is of the image: its probability of the class that it gives",
