@@ -38,7 +38,6 @@ AREA_STEPS = 10  # of the insertion and deletion curves
 STRIDES = (2, 4)  # of the encoders' convolutions and of the decoder's upsampling
 WALK = 9  # frames of a straight path between two class codes
 AT_ONCE = 16  # images that a method is given, or walked with, at once
-OTHER_SWAPS = ("swap_target", "swap_predicted", "oracle_swap")  # what is kept of an image's further swaps
 CONTROLS = ("random", "Sobel", "centre", "|x - reconstruction|")
 BRIEF_PEERS = ("Grad-CAM",)
 ALREADY_SMOOTH = ("centre",)  # controls that a blur would only turn into themselves
@@ -410,7 +409,7 @@ SCHEMA = pa.schema(
         "id": pa.string(), "split": pa.string(), "donor": pa.string(), "source": pa.int32(), "swap_target": pa.int32(),
         "reconstruction_predicted": pa.int32(), "swap_predicted": pa.int32(), "swap_p": pa.float32(),
         "oracle_image": pa.int32(), "oracle_swap": pa.int32(),
-        "other_swaps": pa.list_(pa.struct({name: pa.int32() for name in OTHER_SWAPS})),
+        "other_swaps": pa.list_(pa.struct(dict.fromkeys(("swap_target", "swap_predicted", "oracle_swap"), pa.int32()))),
         "measured": pa.bool_(), "reconstruction_error": pa.float32(),
     }
     | {f"grid{n}/{of}": pa.float32() for n in STRIDES for of in ("image", "reconstruction", "swap", "map")}

@@ -230,7 +230,7 @@ def confidence_table(rows: pd.DataFrame, probabilities: Mapping[str, ArrayLike])
 def each_swap(rows: pd.DataFrame) -> pd.DataFrame:
     """A row for every swap of every image, under the image's index: of its first donor, and of the others."""
     first = rows.dropna(subset="donor")
-    others = first.other_swaps.explode().dropna() if "other_swaps" in rows else pd.Series(dtype=object)
+    others = first.other_swaps.explode().dropna()
     if others.empty:
         return first
     seen = pd.DataFrame(others.to_list(), index=others.index)

@@ -261,7 +261,7 @@ def test_what_is_missing_is_counted() -> None:
 
 
 def test_tables_of_nothing_are_empty_and_have_columns() -> None:
-    none = rows()[3:].assign(donor=None, counterfactuals=None, new_classes=None)
+    none = rows()[3:].assign(donor=None, other_swaps=None, counterfactuals=None, new_classes=None)
     maps = tables.map_rows(none)
     perturbation = tables.perturbation_table(maps, {})
     empty = [perturbation, tables.agreement_table(perturbation), tables.localisation_table(maps),
@@ -280,7 +280,8 @@ def test_swaps_are_told_by_direction() -> None:
              (2, 1): (0, 3, 4)}  # fmt: skip
     rows = pd.DataFrame([
         {"split": "test", "donor": "x", "source": a, "swap_target": b, "swap_predicted": predicted,
-         "reconstruction_predicted": a if k else b, "reconstruction_error": a + b / 10, "oracle_swap": None}
+         "reconstruction_predicted": a if k else b, "reconstruction_error": a + b / 10, "oracle_swap": None,
+         "other_swaps": None}
         for (a, b), counts in given.items()
         for k, predicted in enumerate(np.repeat([b, a, 3 - a - b], counts))
     ])  # fmt: skip
@@ -323,7 +324,7 @@ def test_an_oracle_is_asked_whether_swaps_have_the_donors_class_and_images_bs() 
     rows = pd.DataFrame({
         "split": "test", "donor": "x", "source": 0, "swap_target": 1, "swap_predicted": [1, 1, 1, 1, 0],
         "reconstruction_predicted": [0, 0, 2, 1, 0], "reconstruction_error": 0.1, "oracle_image": [0, 0, 1, 2, 0],
-        "oracle_swap": [1, 0, 0, 1, 1],
+        "oracle_swap": [1, 0, 0, 1, 1], "other_swaps": None,
     })  # fmt: skip
     row = tables.swap_table(rows, NAMES).set_index("direction").loc["all"]
     assert row.reconstruction_keeps_class == 3 / 5  # a third class is not the image's either
@@ -336,6 +337,7 @@ def test_swaps_are_told_by_how_sure_the_classifier_is_of_the_image() -> None:
         "id": list("abcde"), "split": "test", "donor": ["x", "x", "x", "x", None], "source": [1, 0, 0, 1, 1],
         "swap_target": [0, 1, 1, 0, None], "swap_predicted": [0, 1, 0, 0, None],
         "reconstruction_predicted": [0, 0, 0, 1, 0], "reconstruction_error": 0.1, "oracle_swap": None,
+        "other_swaps": None,
     })  # fmt: skip
     table = tables.confidence_table(rows, sure)
     assert table[["confidence_from", "to", "images"]].to_numpy().tolist() == [[0, 0.7, 1], [0.7, 0.9, 2], [0.99, 1, 1]]
