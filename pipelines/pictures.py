@@ -45,8 +45,8 @@ def plot_numbers(run: Run, options: EvaluateOptions, rows: pd.DataFrame, maps: p
         "Class codes by split, of three splits at most; colour is the classifier's prediction.",
         plots.manifold(projections, points.predicted.to_numpy(), names, points.split.to_numpy()),
     )}  # fmt: skip
-    swapped = rows[(rows.split == headline) & (rows.swap_predicted >= 0)].dropna(subset="donor")
-    of_swaps = swapped[["swap_target", "swap_predicted"]].to_numpy(int)
+    swapped = tables.each_swap(rows[rows.split == headline])
+    of_swaps = swapped.loc[swapped.swap_predicted >= 0, ["swap_target", "swap_predicted"]].to_numpy(int)
     present = np.unique(of_swaps)
     if 0 < len(present) <= CLASSES:
         matrix = np.zeros((len(present), len(present)), int)
