@@ -53,6 +53,9 @@ CHOICES: Mapping[str, dict[str, Any]] = {
     "not smoothed": {"smooth": 0.0},
     "smooth 0.025": {"smooth": 0.025},
     "smooth 0.1": {"smooth": 0.1},
+    "not faded": {"fade": 0.0},
+    "fade 0.1": {"fade": 0.1},
+    "fade 0.3": {"fade": 0.3},
     "patch": {"mode": "patch"},
     "evidence": {"mode": "evidence"},
     **{mode: {"mode": mode, "smooth": 0.0} for mode in PAPER_MODES},  # as in the paper

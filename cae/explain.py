@@ -114,9 +114,9 @@ def choose_mode(mode: Mode | Literal["auto"], differentiable: bool) -> Mode:
 
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor, *,
-            mode: Mode | Literal["auto"] = "auto", smooth: float = 0.05, steps: int | None = None,
-            refine: int | None = None, margin: float = 0.0, window: float = 0.125, inversion: int = 0,
-            codes: tuple[Tensor, Tensor] | None = None) -> Explanation:  # fmt: skip
+            mode: Mode | Literal["auto"] = "auto", smooth: float = 0.05, fade: float = 0.15,
+            steps: int | None = None, refine: int | None = None, margin: float = 0.0, window: float = 0.125,
+            inversion: int = 0, codes: tuple[Tensor, Tensor] | None = None) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards counter codes of class `target` (B,).
 
     The path goes from the image's class code by `waypoints` (B, N, D), the last of which is the counter code, or, if
@@ -127,10 +127,12 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     Maps:
 
     - `auto`: `integrated`, or `patch` where b has no gradient;
-    - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`;
-    - `evidence`: `integrated`, and what b loses where a window of the image is greyed, or replaced by the blurred
-      reconstruction, which takes its texture: the mean of these two (see `_windows`) is of the same unit, logits a
-      pixel, and is added. So it counts what makes the other class, and what the own one needs, shape or texture;
+    - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`. On
+      the way the frames lose contrast, evenly, down to 1 - `fade` of it at the counterfactual: so it counts what makes
+      the other class, and, less, what the own one needs, which the counterfactual may have as well;
+    - `evidence`: `integrated` without fading, and what b loses where a window of the image is greyed, or replaced by
+      the blurred reconstruction, which takes its texture: the mean of these two (see `_windows`) is of the same unit,
+      logits a pixel, and is added. So it asks what the own class needs, shape or texture, instead of inferring it;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_windows`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
@@ -141,6 +143,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     at most, until it does not; see `_invert`. 0, as in the paper: never.
     `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none. The
     part of `evidence` that is a mean over windows gets half of it.
+    `fade`, in [0, 1], is used by `integrated` alone; see `_faded`.
     `window`, in (0, 1], is the side of the windows of `evidence` and `patch` as a share of the image's shorter side.
     """
     mode = choose_mode(mode, blackbox.differentiable)
@@ -148,6 +151,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         raise ValueError(f"{steps} steps: a path has one at least")
     if not 0 < window <= 1:
         raise ValueError(f"window {window}: give a share of the image's side, above 0 and at most 1")
+    if not 0 <= fade <= 1:
+        raise ValueError(f"fade {fade}: give a share of the image's contrast, from 0 to 1")
     class_code, individual_code = cae.encode(x) if codes is None else codes
     corners = torch.cat([class_code[:, None], waypoints[:, None] if waypoints.ndim == 2 else waypoints], 1)
     needed = SEARCH if mode in PAPER_MODES or corners.shape[1] > 2 else SEARCH_STRAIGHT
@@ -171,7 +176,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
             i = astray[k]
             inversion_steps[i], individual_code[i], start[i], p_start[i] = step, code, frame, p
     path = _walk(look, start, p_start, target, steps, refine, margin)
-    heat = _map(mode, blackbox, x, path, source, target, max(1, round(window * min(x.shape[-2:]))), smooth, at_once)
+    pixels = max(1, round(window * min(x.shape[-2:])))
+    heat = _map(mode, blackbox, x, path, source, target, pixels, smooth, fade, at_once)
 
     reconstruction, p_target = path.frames[:, 0], path.p_of(target)
     signed = (path.frames[:, -1] - reconstruction).mean(1)
@@ -260,12 +266,14 @@ def _walk(look: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], start: Tensor
 
 
 def _map(mode: Mode, blackbox: BlackBox, x: Tensor, path: _Path, source: Tensor, target: Tensor, window: int,
-         smooth: float, at_once: int) -> Tensor:  # fmt: skip
+         smooth: float, fade: float, at_once: int) -> Tensor:  # fmt: skip
     """The map (B, H, W) of images x (B, 3, H, W), by one of `explain`'s modes; `window` in pixels."""
     start, end = path.frames[:, 0], path.frames[:, -1]
     windows = partial(_windows, blackbox, source=source, target=target, window=window, at_once=at_once)
     if mode in ("integrated", "evidence"):
         way = torch.cat([x[:, None], path.frames[:, 1:]], 1)
+        if mode == "integrated":
+            way = _faded(way, path.last, fade)
         heat = _integrated(blackbox, way, path.last, source, target, at_once)
     elif mode == "patch":
         # What the counterfactual's windows do in the image, and what the image's undo in the counterfactual.
@@ -351,6 +359,17 @@ def _invert(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, class_code:
             found, before = found | new, right
             if found.all():
                 break
+
+
+def _faded(way: Tensor, last: Tensor, fade: float) -> Tensor:
+    """The way (B, K + 1, 3, H, W) with contrast that falls evenly, to 1 - `fade` of it at its end, step `last` (B,).
+
+    Contrast about the mean of each frame and channel. Flat images are no class's, and to integrate gradients on the way
+    to one shows what b goes by at all; a counterfactual shows what sets two classes apart. A small share of the former
+    finds what the image's class needs and the other has as well; chosen on val (benchmarks/README.md).
+    """
+    share = fade * (torch.arange(way.shape[1], device=way.device) / last[:, None]).clamp(max=1)  # (B, K + 1)
+    return torch.lerp(way, way.mean((-2, -1), keepdim=True), share[:, :, None, None, None].to(way))
 
 
 def _integrated(blackbox: BlackBox, way: Tensor, last: Tensor, source: Tensor, target: Tensor,

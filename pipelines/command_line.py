@@ -23,14 +23,14 @@ from pipelines.run import PATHS, Run, RunOptions, absolute, flat
 # Of this call only, not to be the next one's defaults.
 FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best", "archive", "out"}
 # Least and greatest values of options.
-LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "margin": 0, "draws": 1, "evaluated": 0, "overlays": 0,
-         "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1, "span": 1,
-         "class_dim": 2, "width": 4, "blocks": 1, "mlp_width": 1, "disc_width": 1, "disc_blocks": 0,
+LEAST = {"steps": 0, "threads": 0, "workers": 0, "smooth": 0, "fade": 0, "margin": 0, "draws": 1, "evaluated": 0,
+         "overlays": 0, "images": 1, "pairs": 1, "batch": 1, "donors": 1, "trials": 1, "tune": 0, "budget": 1,
+         "span": 1, "class_dim": 2, "width": 4, "blocks": 1, "mlp_width": 1, "disc_width": 1, "disc_blocks": 0,
          "resnet.batch": 1, "resnet.epochs": 0, "resnet.min_steps": 0, "resnet.lr": 0, "resnet.weight_decay": 0,
          "epochs": 0, "lr": 0, "disc_lr": 0, "class_lr": 0, "weight_decay": 0, "lr_halvings": 0, "warm_up": 0,
          "recon_warm_up": 0, "flip": 0, "ema": 0, "dropout": 0, "inversion": 0, "seed": 0,
          **{field.name: 0 for field in dataclasses.fields(LossWeights)}}  # fmt: skip
-MOST = {"flip": 1, "ema": 1, "dropout": 1, "smooth": 0.5, "margin": 0.99, "seed": 2**32 - 1}
+MOST = {"flip": 1, "ema": 1, "dropout": 1, "smooth": 0.5, "fade": 1, "margin": 0.99, "seed": 2**32 - 1}
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
@@ -62,7 +62,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         if name in stored:
             stored[name] = group | stored[name]
     if "mode" in stored:
-        stored = {"inversion": 0} | stored
+        stored = {"inversion": 0, "fade": 0.0} | stored
     # Another one than the folder's brings its own sizes and rates.
     if stored and given and given != stored.get("preset"):
         stored = {name: value for name, value in stored.items() if name not in dataclasses.asdict(PRESETS["paper"])}

@@ -86,7 +86,8 @@ def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) ->
     for words, says in {
         ("--image-size", "50"): "multiple of 4", ("--steps", "-1"): "--steps is -1",
         ("--smooth", "-1"): "--smooth is -1", ("--draws", "0"): "--draws is 0", ("--epochs", "-3"): "--epochs is -3",
-        ("--smooth", "9"): "--smooth is 9.0: it must be 0.5 at most", ("--margin", "2"): "--margin is 2.0",
+        ("--smooth", "9"): "--smooth is 9.0: it must be 0.5 at most", ("--fade", "2"): "--fade is 2.0",
+        ("--margin", "2"): "--margin is 2.0",
         ("--cla1", "-1"): "--cla1 is -1", ("--flip", "7"): "--flip is 7.0: it must be 1 at most",
         ("--width", "2"): "--width is 2: it must be 4 at least", ("--blocks", "0"): "--blocks is 0",
         ("--mlp-width", "0"): "--mlp-width is 0", ("--disc-width", "0"): "--disc-width is 0",

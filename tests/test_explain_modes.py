@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from typing import get_args
+from itertools import pairwise, product
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -90,9 +90,40 @@ def test_steps_are_what_the_mode_needs_unless_given() -> None:
 def test_integrated_map_is_the_closed_form_where_b_is_linear() -> None:
     """Each pixel of the first blob gets its share of the logit's rise; nothing else moves b."""
     x = torch.cat([image(-0.2), image(0.1, 0.2, seed=1)])
-    found = run(x, [0, 0], [1, 1], [[0.8, -0.5], [0.6, 0.2]], mode="integrated", steps=4)
+    question: Any = (x, [0, 0], [1, 1], [[0.8, -0.5], [0.6, 0.2]])
+    found = run(*question, mode="integrated", steps=4, fade=0.0)
     rise = blob_means(found.frames[:, -1])[:, 0] - blob_means(x)[:, 0]
     assert torch.allclose(found.map, (GAIN * rise / BLOBS[0].sum())[:, None, None] * BLOBS[0], atol=1e-4)
+    # Of a faded counterfactual: what moves b is what is left of its contrast.
+    faded = run(*question, mode="integrated", steps=4, fade=0.4)
+    end = found.frames[:, -1]
+    end = 0.6 * end + 0.4 * end.mean((2, 3), keepdim=True)
+    expected = GAIN * (end - x).mean(1) * BLOBS[0] / BLOBS[0].sum()
+    assert torch.allclose(faded.map, expected.clamp(min=0), atol=1e-4)
+    assert not torch.allclose(faded.map, found.map, atol=1e-2) and torch.equal(faded.frames, found.frames)
+
+
+def test_contrast_falls_evenly_to_the_end_of_the_way() -> None:
+    way = torch.randn(3, 6, 3, 5, 7, generator=torch.Generator().manual_seed(0)) + 1
+    last = torch.tensor([5, 2, 1])
+    for fade in (0.0, 0.3, 1.0):
+        found = cae.explain._faded(way, last, fade)
+        for i, k in product(range(3), range(6)):
+            left = 1 - fade * min(1, k / int(last[i]))
+            for channel in range(3):
+                frame = way[i, k, channel]
+                assert torch.allclose(found[i, k, channel], frame.mean() + left * (frame - frame.mean()), atol=1e-6)
+
+
+def test_only_integrated_maps_fade() -> None:
+    network, b, x, codes = crooked_world()
+    given = x[:3], torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]), codes[:3]
+    for mode in get_args(Mode):
+        plain, faded = (explain(network, b, *given, mode=mode, fade=share) for share in (0.0, 0.3))
+        assert torch.equal(plain.map, faded.map) == (mode != "integrated")
+    for fade in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"fade {fade}"):
+            explain(network, b, *given, mode="integrated", fade=fade)
 
 
 def test_integrated_map_shows_only_what_speaks_for_the_target() -> None:

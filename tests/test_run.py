@@ -97,13 +97,14 @@ def test_half_a_stage_of_another_version_is_kept_and_neither_dropped_nor_gone_on
     run = Run(str(tmp_path))
     options = parse(ExplainOptions, ["--dataset", "synthetic", "--run", run.folder])
     table = dataclasses.asdict(options)
-    begun = {field: table[field] for field in ("seed", *explain.OWN) if field != "inversion"}
-    run.state |= {"options": {name: value for name, value in table.items() if name != "inversion"},
+    new = ("inversion", "fade")
+    begun = {field: table[field] for field in ("seed", *explain.OWN) if field not in new}
+    run.state |= {"options": {name: value for name, value in table.items() if name not in new},
                   "stages": {"explain": {"options": begun}}}  # fmt: skip
     write_table(run, "explanations/a.parquet", pa.table({"id": ["x"]}))
     run.save()
     options = parse(ExplainOptions, ["--run", run.folder])
-    assert options.inversion == 0  # as it was then
+    assert options.inversion == options.fade == 0  # as it was then
     with pytest.raises(UserError, match=r"stage explain of .* was begun by another version"):
         runs.run_stage("explain", options, lambda *_: pytest.fail("begun"), explain.OWN)
     assert (tmp_path / "explanations/a.parquet").exists()
