@@ -39,7 +39,7 @@ from pipelines.ways import read_ways
 SWAPS = 2000  # images a split whose class codes are swapped, at most
 DONORS = 5  # swaps of each image: of one each, some tens of odd donors move the success by a percent or two
 NEW_CODES, MOST_NEW_CODES = 2000, 40_000  # class codes made by SMOTE, of each class, and of all at most
-UNSMOOTHED = "CAE, not smoothed"
+UNSMOOTHED, UNFADED = "CAE, not smoothed", "CAE, not faded"
 SHOWN = 8  # images whose maps by every method are drawn side by side
 MEASURED = AT_ONCE  # images measured in a unit: short ones tell sooner how long it takes, and keep all cores busy
 
@@ -110,8 +110,9 @@ def evaluate(run: Run, options: EvaluateOptions, plan: Plan, common: dict[str, A
                   "modes": tables.modes_table(maps, told),
                   "new_codes": tables.new_code_table(rows, names)}  # fmt: skip
         if plan.timed:
-            # Not smoothed costs what the CAE does; and how many of a few images are inverted is chance.
-            timed = {name: how | {"inversion": 0} for name, how in common["modes"].items() if name != UNSMOOTHED}
+            # Without a part it costs what the CAE does; and how many of a few images are inverted is chance.
+            timed = {name: how | {"inversion": 0} for name, how in common["modes"].items()
+                     if name not in (UNSMOOTHED, UNFADED)}  # fmt: skip
             bulk(run, options, "evaluate", [plan.timed], TimeWorker, "evaluation/times", **common | {"modes": timed})
             found["time_per_map"] = tables.time_table(read_part(run, "evaluation/times/times.parquet").to_pandas())
     for name, table in found.items():
@@ -134,6 +135,8 @@ def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if options.tables == "full":
         if options.smooth:
             modes[UNSMOOTHED] = replace(options, smooth=0)
+        if options.fade and options.mode == "integrated":
+            modes[UNFADED] = replace(options, fade=0)
         for mode in get_args(Mode):
             if mode != options.mode:
                 how = replace(options, smooth=0, inversion=0) if mode in PAPER_MODES else options  # to the letter

@@ -195,9 +195,10 @@ def test_the_full_set_measures_every_method_under_every_fill(finished: Path, tmp
     done = command("evaluate.py", "--run", str(folder), *words)
     assert done.returncode == 0, done.stderr[-3000:]
     tables = {path.stem: pd.read_csv(path, keep_default_na=False) for path in (folder / "evaluation").glob("*.csv")}
-    own = {"CAE", "CAE, not smoothed"} | {f"CAE {mode}" for mode in get_args(Mode) if mode != "integrated"}
+    own = {"CAE", "CAE, not smoothed", "CAE, not faded"}
+    own |= {f"CAE {mode}" for mode in get_args(Mode) if mode != "integrated"}
     known = peers(training.load(str(folder / "cae")))
-    timed = {name for name in own if "smoothed" not in name} | set(known)
+    timed = {name for name in own if ", not " not in name} | set(known)
     compared = own | timed | {f"{name}, smoothed" for name in {*known, *CONTROLS} - {"centre"}}
     for split in ("val", "test"):
         aopc = tables["perturbation"]
