@@ -5,6 +5,7 @@ method's maps both ways run in turn, `--rounds` times; seconds are the median, o
 
 - `disjoint patches`: `metrics.perturbation_curve` over 7.5% of the image, as for AOPC. Quantus knows no patches: it is
   given the order in which ours cover the pixels, a patch a step. It has no way to stop and goes on to the whole image.
+  What the classifier says of the image as it is, both are told: evaluate knows it, and it is the same for all maps.
 - `insertion - deletion`: `metrics.insertion_deletion` in as many steps as patches fit along a side, against two calls
   of Quantus, most and least important first. Here both ask the classifier equally often.
 
@@ -119,22 +120,23 @@ def curves(
     side = images.shape[2]
     few = metrics.disjoint_steps(side, patch=patch)
     theirs = Quantus(blackbox, images, target)
+    whole = theirs.whole()
     given = blackbox, images, maps, target
 
     def disjoint() -> Tensor:
-        return metrics.perturbation_curve(*given, steps=few, patch=patch, fill="blur", batch=BATCH)
+        return metrics.perturbation_curve(*given, steps=few, patch=patch, fill="blur", batch=BATCH, whole=whole[:, 0])
 
     def disjoint_by_quantus() -> Tensor:
         centres = metrics.rank_centres(maps, few, patch, disjoint=True, seed=0)
         order = metrics.covering_step(centres, side, side, patch)
-        return theirs.whole() - theirs.flip(order, patch**2)[:, :few]
+        return whole - theirs.flip(order, patch**2)[:, :few]
 
     def difference() -> Tensor:
-        found = metrics.insertion_deletion(*given, steps=side // patch, fill="blur", batch=BATCH)
+        found = metrics.insertion_deletion(*given, steps=side // patch, fill="blur", batch=BATCH, whole=whole[:, 0])
         return found.insertion - found.deletion
 
     def difference_by_quantus() -> Tensor:
-        order, whole = ranking(maps), theirs.whole()
+        order = ranking(maps)
         deletion = torch.cat((whole, theirs.flip(order, side * patch)), 1)
         insertion = torch.cat((whole, theirs.flip(-order, side * patch)), 1).flip(1)
         return insertion - deletion

@@ -26,7 +26,7 @@ PAPER_MODES: tuple[Mode, ...] = ("path", "contrast", "input")  # of frames alone
 # nothing from more (benchmarks/README.md), and `patch` looks at the path's two ends only.
 SEARCH, SEARCH_STRAIGHT = (8, 4), (1, 0)
 INVERSION_RATE = 0.05  # root mean square of a step, in standard deviations of the individual code
-WITHOUT_TEXTURE = 0.0375  # sigma, as a share of the side, of the blur that takes the texture out of images
+ASKED = 0.3  # share of the windows, those where `integrated` says most, that `evidence` asks b about
 GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
 PIXELS_AT_ONCE = 512 * 64 * 64  # see `images_at_once`
@@ -130,9 +130,9 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`. On
       the way the frames lose contrast, evenly, down to 1 - `fade` of it at the counterfactual: so it counts what makes
       the other class, and, less, what the own one needs, which the counterfactual may have as well;
-    - `evidence`: `integrated` without fading, and what b loses where a window of the image is greyed, or replaced by
-      the blurred reconstruction, which takes its texture: the mean of these two (see `_windows`) is of the same unit,
-      logits a pixel, and is added. So it asks what the own class needs, shape or texture, instead of inferring it;
+    - `evidence`: `integrated`, and a quarter of what b loses where a window of the image is greyed (see `_windows`; it
+      is of the same unit, logits a pixel), asked where `integrated` says most: what b says when it is asked corrects
+      what its gradient promised;
     - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_windows`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
@@ -143,7 +143,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     at most, until it does not; see `_invert`. 0, as in the paper: never.
     `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none. The
     part of `evidence` that is a mean over windows gets half of it.
-    `fade`, in [0, 1], is used by `integrated` alone; see `_faded`.
+    `fade`, in [0, 1], is used by `integrated` and `evidence`; see `_faded`.
     `window`, in (0, 1], is the side of the windows of `evidence` and `patch` as a share of the image's shorter side.
     """
     mode = choose_mode(mode, blackbox.differentiable)
@@ -271,9 +271,7 @@ def _map(mode: Mode, blackbox: BlackBox, x: Tensor, path: _Path, source: Tensor,
     start, end = path.frames[:, 0], path.frames[:, -1]
     windows = partial(_windows, blackbox, source=source, target=target, window=window, at_once=at_once)
     if mode in ("integrated", "evidence"):
-        way = torch.cat([x[:, None], path.frames[:, 1:]], 1)
-        if mode == "integrated":
-            way = _faded(way, path.last, fade)
+        way = _faded(torch.cat([x[:, None], path.frames[:, 1:]], 1), path.last, fade)
         heat = _integrated(blackbox, way, path.last, source, target, at_once)
     elif mode == "patch":
         # What the counterfactual's windows do in the image, and what the image's undo in the counterfactual.
@@ -287,8 +285,8 @@ def _map(mode: Mode, blackbox: BlackBox, x: Tensor, path: _Path, source: Tensor,
     if smooth:
         heat = blur(heat, smooth)
     if mode == "evidence":
-        asked = (windows(x, torch.zeros_like(x)) + windows(x, blur(start, WITHOUT_TEXTURE))) / 2
-        heat += blur(asked, smooth / 2) if smooth else asked
+        asked = windows(x, torch.zeros_like(x), where=heat)
+        heat = heat + (blur(asked, smooth / 2) if smooth else asked) / 4
     # What speaks against the target is dropped only now: dropped before, noise of either sign would blur into a map of
     # where the images differ, whatever the classifier.
     return heat.clamp(min=0)
@@ -398,7 +396,7 @@ def _integrated(blackbox: BlackBox, way: Tensor, last: Tensor, source: Tensor, t
 
 
 def _windows(blackbox: BlackBox, x: Tensor, content: Tensor, source: Tensor, target: Tensor, window: int,
-             at_once: int) -> Tensor:  # fmt: skip
+             at_once: int, where: Tensor | None = None) -> Tensor:  # fmt: skip
     """What a square window of `content` (B, 3, H, W) does to b in the images x; signed, (B, H, W).
 
     With f b's target minus source logit, and m the mask of a window of `window` pixels a side: the mean over the
@@ -407,6 +405,9 @@ def _windows(blackbox: BlackBox, x: Tensor, content: Tensor, source: Tensor, tar
     `_integrated` is; for a linear f it is that of content - x averaged over windows. The logit and not the probability,
     which hardly moves by any window of an image that b is sure of, though that is where most images are; it takes the
     outputs only, for a softmax's log odds are that difference.
+
+    With `where` (B, H, W), b is asked only about the share ASKED of an image's windows in which that has the greatest
+    mean; the others change nothing.
     """
     number, _, height, width = x.shape
 
@@ -417,16 +418,21 @@ def _windows(blackbox: BlackBox, x: Tensor, content: Tensor, source: Tensor, tar
         return (begins <= place) & (place < begins + window)
 
     down, across = masks(height), masks(width)
+    rows, cols = down.to(x), across.to(x)
     places = len(down) * len(across)
+    chosen = torch.arange(places, device=x.device).expand(number, -1)
+    if where is not None:
+        chosen = (rows @ where.to(x) @ cols.T).flatten(1).topk(math.ceil(ASKED * places)).indices
     lead = [_logit_lead(blackbox, x[i], source[i], target[i]) for i in torch.arange(number).split(at_once)]
     asked = []
-    for chunk in torch.arange(number * places, device=x.device).split(at_once):
-        image, place = chunk // places, chunk % places
+    for chunk in torch.arange(chosen.numel(), device=x.device).split(at_once):
+        image, place = chunk // chosen.shape[1], chosen.flatten()[chunk]
         mask = (down[place // len(across), :, None] & across[place % len(across), None, :])[:, None]  # (n, 1, H, W)
         asked.append(_logit_lead(blackbox, torch.where(mask, content[image], x[image]), source[image], target[image]))
-    effect = (torch.cat(asked).view(number, places) - torch.cat(lead)[:, None]) / window**2
-    rows, cols = down.to(effect), across.to(effect)
-    return rows.T @ effect.view(number, len(down), len(across)) @ cols / torch.outer(rows.sum(0), cols.sum(0))
+    change = torch.cat(asked).view_as(chosen) - torch.cat(lead)[:, None]
+    effect = change.new_zeros(number, places).scatter(1, chosen, change / window**2)
+    total = rows.T.to(effect) @ effect.view(number, len(down), len(across)) @ cols.to(effect)
+    return total / torch.outer(rows.sum(0), cols.sum(0)).to(effect)
 
 
 def _logit_lead(blackbox: BlackBox, images: Tensor, source: Tensor, target: Tensor) -> Tensor:

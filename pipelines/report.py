@@ -25,7 +25,7 @@ READ_ME = {
 MAP_SHOWS = {
     "integrated": "makes the same changes to the image itself and shows which of them move the classifier towards the "
     "target class, by its gradient",
-    "evidence": "makes the same changes to the image itself, greys windows of it and takes their texture away, and "
+    "evidence": "makes the same changes to the image itself, and greys the windows of it where they do most, and "
     "shows what moves the classifier away from its class and towards the target class",
     "patch": "makes the same changes to the image itself, a window at a time, and undoes them again, and shows which "
     "of them move the classifier towards the target class",

@@ -115,12 +115,12 @@ def test_contrast_falls_evenly_to_the_end_of_the_way() -> None:
                 assert torch.allclose(found[i, k, channel], frame.mean() + left * (frame - frame.mean()), atol=1e-6)
 
 
-def test_only_integrated_maps_fade() -> None:
+def test_maps_by_gradient_fade_and_no_others() -> None:
     network, b, x, codes = crooked_world()
     given = x[:3], torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]), codes[:3]
     for mode in get_args(Mode):
         plain, faded = (explain(network, b, *given, mode=mode, fade=share) for share in (0.0, 0.3))
-        assert torch.equal(plain.map, faded.map) == (mode != "integrated")
+        assert torch.equal(plain.map, faded.map) == (mode not in ("integrated", "evidence"))
     for fade in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=f"fade {fade}"):
             explain(network, b, *given, mode="integrated", fade=fade)
@@ -269,23 +269,47 @@ def test_one_window_has_the_whole_change_whatever_b() -> None:
 
 
 @torch.no_grad()
+def test_windows_are_asked_about_where_another_map_says_most() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, (height, width) = differentiable(), (SIDE, SIDE)
+    x, change = torch.randn(2, 3, 3, height, width, generator=generator, dtype=torch.float64)
+    source, target = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
+    where = torch.randn(3, height, width, generator=generator)
+    found = cae.explain._windows(b, x, x + change, source, target, 8, at_once=5, where=where)
+    begins = [*range(0, SIDE - 8, 7), SIDE - 8]
+    places = [(slice(top, top + 8), slice(left, left + 8)) for top in begins for left in begins]
+    few = math.ceil(0.3 * len(places))
+    assert 1 < few < len(places) / 2
+    for k in range(3):
+        total, count = torch.zeros(2, height, width, dtype=torch.float64)
+        best = sorted(places, key=lambda square, k=k: -float(where[k][square].mean()))[:few]
+        for square in places:
+            count[square] += 1
+            if square in best:
+                one = x[k : k + 1].clone()
+                one[0, :, *square] += change[k, :, *square]
+                of = source[k : k + 1], target[k : k + 1]
+                total[square] += (logit_lead(b, one, *of) - logit_lead(b, x[k : k + 1], *of)) / 8**2
+        assert torch.allclose(found[k], total / count, atol=1e-9)
+
+
+@torch.no_grad()
 def test_evidence_is_the_sum_of_its_parts() -> None:
     network, b, x, codes = crooked_world()
     x, codes = x[:3], codes[:3]
     source, target = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
-    rec, end = (network.decode(code, network.encode(x)[1]) for code in (network.encode(x)[0], codes))
-    way = torch.stack([x, end], 1)
-    one = torch.ones(3, dtype=int)
-    expected = cae.explain._integrated(b, way, one, source, target, at_once=9)
-    contents = (0 * x, cae.explain.blur(rec, cae.explain.WITHOUT_TEXTURE))
-    asked = torch.stack([
-        sum(slow_windows(b, x[k], content[k], source[k], target[k], 8) for content in contents) / 2 for k in range(3)
-    ])  # fmt: skip
-    found = explain(network, b, x, source, target, codes, mode="evidence", window=0.25)
-    assert torch.allclose(found.map, (expected + asked).clamp(min=0), atol=1e-6) and found.map.amax() > 1e-3
-    smooth = explain(network, b, x, source, target, codes, mode="evidence", window=0.25, smooth=0.1)
-    blurred = cae.explain.blur(expected, 0.1) + cae.explain.blur(asked, 0.05)
-    assert torch.allclose(smooth.map, blurred.clamp(min=0), atol=1e-6)
+    for fade, smooth in product((0.0, 0.2), (0.0, 0.1)):
+        end = network.decode(codes, network.encode(x)[1])
+        way = cae.explain._faded(torch.stack([x, end], 1), torch.ones(3), fade)
+        heat = cae.explain._integrated(b, way, torch.ones(3, dtype=int), source, target, at_once=9)
+        heat = cae.explain.blur(heat, smooth) if smooth else heat
+        asked = cae.explain._windows(b, x, 0 * x, source, target, 8, at_once=9, where=heat)
+        expected = heat + (cae.explain.blur(asked, smooth / 2) if smooth else asked) / 4
+        options: Any = {"window": 0.25, "smooth": smooth, "fade": fade}
+        found = explain(network, b, x, source, target, codes, mode="evidence", **options)
+        assert torch.allclose(found.map, expected.clamp(min=0), atol=1e-6) and found.map.amax() > 1e-3
+        plain = explain(network, b, x, source, target, codes, mode="integrated", **options)
+        assert not torch.allclose(plain.map, found.map, atol=1e-4)
 
 
 def test_patch_map_lies_within_a_window_of_the_blob_and_needs_no_gradient() -> None:
@@ -343,11 +367,3 @@ def test_auto_is_the_mode_that_the_classifier_allows() -> None:
                 choose_mode(mode, False)
         else:
             assert choose_mode(mode, False) == mode
-
-
-def test_the_blur_of_evidence_takes_texture_and_leaves_shapes() -> None:
-    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
-    place = torch.arange(64.0) - 31.5
-    disc = (place[:, None] ** 2 + place**2 < 8**2).float()[None]
-    left, kept = (cae.explain.blur(image, cae.explain.WITHOUT_TEXTURE) for image in (noise, disc))
-    assert left.std() < 0.2 and kept[0, 31:33, 31:33].min() > 0.95
