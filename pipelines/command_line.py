@@ -18,7 +18,7 @@ import tyro
 
 from cae.config import PRESETS, LossWeights, Preset, TrainConfig
 from pipelines.mistakes import UserError, user_error
-from pipelines.run import PATHS, Run, RunOptions, absolute, flat
+from pipelines.run import OLDER, PATHS, Run, RunOptions, absolute, flat
 
 # Of this call only, not to be the next one's defaults.
 FORGOTTEN = {"run", "stages", "again", "threads", "trust_pickle", "best", "archive", "out"}
@@ -62,7 +62,7 @@ def parse(options_class: type[OptionsT], argv: list[str] | None = None) -> Optio
         if name in stored:
             stored[name] = group | stored[name]
     if "mode" in stored:
-        stored = {"inversion": 0, "fade": 0.0} | stored
+        stored = OLDER | stored
     # Another one than the folder's brings its own sizes and rates.
     if stored and given and given != stored.get("preset"):
         stored = {name: value for name, value in stored.items() if name not in dataclasses.asdict(PRESETS["paper"])}

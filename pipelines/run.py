@@ -75,6 +75,7 @@ class RunOptions:
 # These say how to run, not what to compute: they may differ from call to call on the same run folder.
 FREE = {"run", "tracking_uri", "experiment", "device", "precision", "workers", "threads", "trust_pickle", "stages",
         "again", "best"}  # fmt: skip
+OLDER = {"inversion": 0, "fade": 0.0}  # of explain, as it was before it had these options
 PATHS = ("dataset", "data_root", "classifier", "oracle", "authors_generator")  # or names, or URLs
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
@@ -313,7 +314,7 @@ def refuse_contradictions(run: Run, options: RunOptions, name: str = "", only_be
             continue
         state = run.state["stages"][stage]
         # A run folder of an earlier version may know fewer options, or more.
-        for field, was in _flat(state["options"]).items():
+        for field, was in ((OLDER if stage == "explain" else {}) | _flat(state["options"])).items():
             if field in FREE or table.get(field, was) in (was, absolute(field, was)):
                 continue
             flag = "--" + field.replace("_", "-")

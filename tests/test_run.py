@@ -109,6 +109,10 @@ def test_half_a_stage_of_another_version_is_kept_and_neither_dropped_nor_gone_on
         runs.run_stage("explain", options, lambda *_: pytest.fail("begun"), explain.OWN)
     assert (tmp_path / "explanations/a.parquet").exists()
     assert parse(ExplainOptions, ["--run", run.folder, "--inversion", "8"]).inversion == 8
+    for option in ("--inversion", "--fade"):  # else evaluate would measure maps made without it
+        asked = parse(ExplainOptions, ["--run", run.folder, option, "1"])
+        with pytest.raises(UserError, match=rf"{option} 1.* contradicts the stage explain .* {option} 0"):
+            runs.refuse_contradictions(run, asked)
     assert parse(ExplainOptions, ["--dataset", "synthetic", "--run", f"{tmp_path}/new"]).inversion == 8
 
 
