@@ -366,20 +366,21 @@ def _faded(way: Tensor, last: Tensor, fade: float) -> Tensor:
     to one shows what b goes by at all; a counterfactual shows what sets two classes apart. A small share of the former
     finds what the image's class needs and the other has as well; chosen on val (benchmarks/README.md).
     """
-    share = fade * (torch.arange(way.shape[1], device=way.device) / last[:, None]).clamp(max=1)  # (B, K + 1)
-    return torch.lerp(way, way.mean((-2, -1), keepdim=True), share[:, :, None, None, None].to(way))
+    step = torch.arange(way.shape[1], device=way.device, dtype=way.dtype)
+    share = fade * (step / last[:, None]).clamp(max=1)  # (B, K + 1)
+    return torch.lerp(way, way.mean((-2, -1), keepdim=True), share[:, :, None, None, None])
 
 
 def _integrated(blackbox: BlackBox, way: Tensor, last: Tensor, source: Tensor, target: Tensor,
                 at_once: int) -> Tensor:  # fmt: skip
     """Each pixel's part in what the way from an image to its counterfactual does to b; signed, (B, H, W).
 
-    The way (B, K + 1, 3, H, W) has the image at its start and then the path's frames; the sum over k of (gradient of
-    b's target minus source logit between image_{k-1} and image_k) * (image_k - image_{k-1}), over channels too, by two
-    Gauss-Legendre points a step: path-integrated gradients (Sundararajan et al. 2017) with the counterfactual in the
-    place of a baseline. So the map sums to that logit at the counterfactual minus at the image, up to the quadrature.
-    Starting at the image and not at its reconstruction, it also shows what b loses there, such as fine texture: a part
-    of why b changes its mind. Images from `last` (B,) on are all alike and are left out.
+    The way (B, K + 1, 3, H, W) has the image at its start and then the path's frames, faded (see `_faded`); the sum
+    over k of (gradient of b's target minus source logit between image_{k-1} and image_k) * (image_k - image_{k-1}),
+    over channels too, by two Gauss-Legendre points a step: path-integrated gradients (Sundararajan et al. 2017) with
+    the faded counterfactual in the place of a baseline. So the map sums to that logit there minus at the image, up to
+    the quadrature. Starting at the image and not at its reconstruction, it also shows what b loses there, such as fine
+    texture: a part of why b changes its mind. Images from `last` (B,) on are all alike and are left out.
     """
     heat = torch.zeros_like(way[:, 0, 0])
     used = torch.arange(way.shape[1] - 1, device=way.device) < last[:, None]  # (B, K)

@@ -104,7 +104,7 @@ def test_integrated_map_is_the_closed_form_where_b_is_linear() -> None:
 
 
 def test_contrast_falls_evenly_to_the_end_of_the_way() -> None:
-    way = torch.randn(3, 6, 3, 5, 7, generator=torch.Generator().manual_seed(0)) + 1
+    way = torch.randn(3, 6, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     last = torch.tensor([5, 2, 1])
     for fade in (0.0, 0.3, 1.0):
         found = cae.explain._faded(way, last, fade)
@@ -112,7 +112,7 @@ def test_contrast_falls_evenly_to_the_end_of_the_way() -> None:
             left = 1 - fade * min(1, k / int(last[i]))
             for channel in range(3):
                 frame = way[i, k, channel]
-                assert torch.allclose(found[i, k, channel], frame.mean() + left * (frame - frame.mean()), atol=1e-6)
+                assert torch.allclose(found[i, k, channel], frame.mean() + left * (frame - frame.mean()), atol=1e-12)
 
 
 def test_maps_by_gradient_fade_and_no_others() -> None:
