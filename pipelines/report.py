@@ -23,8 +23,8 @@ READ_ME = {
     "failed": "no map; the row's error says why",
 }
 MAP_SHOWS = {
-    "integrated": "makes the same changes to the image itself and shows which of them move the classifier towards the "
-    "target class, by its gradient",
+    "integrated": "makes the same changes to the image itself, takes some of its contrast too (--fade), and shows what "
+    "of that moves the classifier towards the target class, by its gradient",
     "evidence": "makes the same changes to the image itself, and greys the windows of it where they do most, and "
     "shows what moves the classifier away from its class and towards the target class",
     "patch": "makes the same changes to the image itself, a window at a time, and undoes them again, and shows which "
