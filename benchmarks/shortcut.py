@@ -166,7 +166,7 @@ def of_synthetic(options: Options, run: Run) -> list[Pair]:
 
 def main(options: Options, rest: list[str]) -> None:
     """Plant, run the pipeline, measure, append to the tables, draw."""
-    if "--image-size" in rest:  # the images shown would have another size than those trained on
+    if any(word.startswith("--image-size") for word in rest):  # images shown would be of another size than the run's
         sys.exit("error: --image-size after `--`: give the size as --size, before it")
     work = Path(options.work).absolute()
     where = ["--dataset", "synthetic", "--shortcut"]
