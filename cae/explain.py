@@ -114,7 +114,7 @@ def choose_mode(mode: Mode | Literal["auto"], differentiable: bool) -> Mode:
 
 @torch.no_grad()
 def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Tensor, waypoints: Tensor, *,
-            mode: Mode | Literal["auto"] = "auto", smooth: float = 0.05, fade: float = 0.2,
+            mode: Mode | Literal["auto"] = "auto", smooth: float = 0.05, fade: float = 0.25,
             steps: int | None = None, refine: int | None = None, margin: float = 0.0, window: float = 0.125,
             inversion: int = 0, codes: tuple[Tensor, Tensor] | None = None) -> Explanation:  # fmt: skip
     """Walk images x (B, 3, H, W) of b's classes `source` (B,) towards counter codes of class `target` (B,).

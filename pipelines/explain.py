@@ -67,7 +67,7 @@ class ExplainOptions(EmbedOptions):
     0.125 takes 25 and 162 queries an image, 0.25 takes 8 and 50."""
     smooth: float = 0.05
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
-    fade: float = 0.2
+    fade: float = 0.25
     """Modes `integrated` and `evidence`: share of its contrast that the counterfactual has lost at the end of the way;
     0: none. With some, maps also show what the image's own class needs and the other class has as well."""
     steps: int = 0
