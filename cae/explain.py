@@ -363,8 +363,8 @@ def _faded(way: Tensor, last: Tensor, fade: float) -> Tensor:
     """The way (B, K + 1, 3, H, W) with contrast that falls evenly, to 1 - `fade` of it at its end, step `last` (B,).
 
     Contrast about the mean of each frame and channel. Flat images are no class's, and to integrate gradients on the way
-    to one shows what b goes by at all; a counterfactual shows what sets two classes apart. A small share of the former
-    finds what the image's class needs and the other has as well; chosen on val (benchmarks/README.md).
+    to one shows what b goes by at all; a counterfactual shows what sets two classes apart. Some of the former finds
+    what the image's class needs and the other has as well; how much was chosen on val (benchmarks/README.md).
     """
     step = torch.arange(way.shape[1], device=way.device, dtype=way.dtype)
     share = fade * (step / last[:, None]).clamp(max=1)  # (B, K + 1)
