@@ -1,12 +1,11 @@
 """Do the maps lie where the truth is? On generated radiographs, whose lesions are known to the pixel.
 
-The CAE in each mode, every peer, and each peer after the blur that the CAE's maps get, on images of split test that
-have a lesion and that the classifier gets right: the share of maps whose peak lies on the lesion (pointing game) and
-the area under the ROC curve of the pixels, with the 95% intervals of the default's values minus the method's, paired
-over images. `evaluate --tables full` measures this too, beside everything else; this is for enough lesions to tell
-methods apart. The table goes to a CSV beside this file.
+The CAE in each mode, every peer, and each peer after the blur that the CAE's maps get, on newly drawn images with a
+lesion that the classifier gets right: the share of maps whose peak lies on the lesion (pointing game) and the area
+under the ROC curve of the pixels, with the 95% intervals of the default's values minus the method's, paired over
+images. `evaluate --tables full` measures this too, on the run's test images, which are too few to tell the best methods
+apart. The table goes to a CSV beside this file.
 
-python pipelines/full.py --dataset synthetic --images 4000 --preset quick --stages shard classify train embed
 python benchmarks/known_truth.py --run runs/synthetic-quick
 """
 
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import tyro
 from methods import methods, networks
@@ -26,8 +24,10 @@ from record import append, here_and_now, say
 from torch import Tensor
 
 from cae import metrics
-from cae.images import blur, load, to_tensor
-from pipelines.bulk import decode_all, read_table, read_unit, shard_units
+from cae.classifiers import BlackBox
+from cae.config import PRESETS
+from cae.images import blur, decode, encode_png, to_tensor
+from cae.synthetic import Synthetic, draw, place
 from pipelines.command_line import parse
 from pipelines.explain import ExplainOptions
 from pipelines.maps import BATCH
@@ -44,36 +44,36 @@ class Options:
     """What to measure."""
 
     run: str
-    """Run folder on `synthetic` images with the stages up to embed."""
-    images: int = 400
-    """Lesions, at most."""
+    """Run folder on `synthetic` images with the stages up to embed, such as that of `make demo`."""
+    lesions: int = 400
+    """Images with a lesion to draw."""
     only: tuple[str, ...] = ()
     """Methods to measure beside the default, by their names in the table (`RISE` stands for the smoothed ones too);
     without any, all of them."""
 
 
-def lesions(run: Run, size: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (N, 3, S, S) of split test with a lesion that the classifier gets right, where that lies, bool (N, S, S),
-    and the classes that the classifier finds likeliest, in their order (N, C)."""
-    table = read_table(run, "predictions", ["id", "label", "predicted", "probabilities"])
-    right = table.filter(pc.equal(table["label"], table["predicted"]))
-    says = dict(zip(right["id"].to_pylist(), right["probabilities"].to_pylist(), strict=True))
-    images: list[bytes] = []
-    masks: list[np.ndarray] = []
-    p: list[list[float]] = []
-    for unit in shard_units(run, ("test",)):
-        for row in read_unit(run, unit, ["id", "image", "mask"]).to_pylist():
-            if row["mask"] is None or row["id"] not in says:
-                continue
-            mask = np.asarray(load(row["mask"]).resize((size, size)))[..., 0] > 127
-            if mask.any() and len(images) < most:
-                images.append(row["image"])
-                masks.append(mask)
-                p.append(says[row["id"]])
-    if not images:
-        sys.exit(f"error: {run.folder} has no test images with a known lesion: give a run on `synthetic`")
-    x = to_tensor(decode_all(images, size, "crop")[0])
-    return x, torch.from_numpy(np.stack(masks)), torch.tensor(p).argsort(dim=1, descending=True, stable=True)
+def lesions(run: Run, blackbox: BlackBox, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Newly drawn images (N, 3, S, S) with a lesion that the classifier gets right, of `count`; where the lesion lies,
+    bool (N, S, S); the classes in the order of their probability (N, C)."""
+    of_run = run.state["options"]
+    if of_run["dataset"] != "synthetic":
+        sys.exit(f"error: {run.folder} is on {of_run['dataset']}: give a run on `synthetic`, whose truth is known")
+    classes = of_run["classes"]
+    config = Synthetic(5 * classes + count * 2, PRESETS[of_run["preset"]].model.image_size, classes, False,
+                       of_run["seed"] + 1)  # fmt: skip
+    images, masks, labels = [], [], []
+    for index in (i for i in range(config.images) if place(config, i)[0] and len(labels) < count):
+        sample = draw(config, index)
+        mask = decode(encode_png(np.repeat(sample.mask[..., None] * np.uint8(255), 3, 2)), size)
+        images.append(decode(encode_png(sample.image), size))
+        masks.append(mask[..., 0] > 127)
+        labels.append(sample.label)
+    x, known = to_tensor(np.stack(images)), torch.from_numpy(np.stack(masks))
+    order = torch.cat([blackbox.probabilities(some) for some in x.split(BATCH)]).argsort(
+        dim=1, descending=True, stable=True
+    )
+    fine = (order[:, 0] == torch.tensor(labels)) & known.flatten(1).any(1)
+    return x[fine], known[fine], order[fine]
 
 
 def main(options: Options) -> None:
@@ -85,7 +85,7 @@ def main(options: Options) -> None:
     unknown = [name for name in options.only if name not in found]
     if unknown:
         sys.exit(f"error: there is no {unknown[0]!r} to measure: choose among {', '.join(found)}")
-    x, masks, order = lesions(run, base.model.image_size, options.images)
+    x, masks, order = lesions(run, blackbox, base.model.image_size, options.lesions)
     source, target = order[:, 0], order[:, 1]
     rows: list[dict[str, object]] = []
     default: dict[str, Tensor] = {}
