@@ -141,7 +141,8 @@ def test_a_search_before_a_training_that_is_done_is_refused(tmp_path: Path, word
         full._check(options, stages, {})
 
 
-def test_of_an_option_given_twice_the_last_one_counts(tmp_path: Path) -> None:
+def test_of_an_option_given_twice_the_last_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # here may lie the run of `make demo`, whose options would come back
     words = ["--preset", "paper", "--dataset", "a", "--dataset=synthetic", "--preset", "quick"]
     options = parse(full.FullOptions, words)
     assert options.preset == "quick" and options.model == PRESETS["quick"].model
