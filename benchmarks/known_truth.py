@@ -58,6 +58,8 @@ def lesions(run: Run, blackbox: BlackBox, size: int, count: int) -> tuple[Tensor
     of_run = run.state["options"]
     if of_run["dataset"] != "synthetic":
         sys.exit(f"error: {run.folder} is on {of_run['dataset']}: give a run on `synthetic`, whose truth is known")
+    if count < 2:
+        sys.exit(f"error: --lesions {count}: give 2 or more, for intervals")
     classes = of_run["classes"]
     config = Synthetic(5 * classes + count * 2, PRESETS[of_run["preset"]].model.image_size, classes, False,
                        of_run["seed"] + 1)  # fmt: skip
@@ -73,6 +75,8 @@ def lesions(run: Run, blackbox: BlackBox, size: int, count: int) -> tuple[Tensor
         dim=1, descending=True, stable=True
     )
     fine = (order[:, 0] == torch.tensor(labels)) & known.flatten(1).any(1)
+    if fine.sum() < 2:
+        sys.exit(f"error: of {count} lesions the classifier gets {int(fine.sum())} right: give more --lesions")
     return x[fine], known[fine], order[fine]
 
 
