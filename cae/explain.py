@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cae import attribution
 from cae.classifiers import BlackBox
 from cae.images import blur
 from cae.networks import CAE
@@ -26,8 +27,6 @@ PAPER_MODES: tuple[Mode, ...] = ("path", "contrast", "input")  # of frames alone
 # nothing from more (benchmarks/README.md), and `patch` looks at the path's two ends only.
 SEARCH, SEARCH_STRAIGHT = (8, 4), (1, 0)
 INVERSION_RATE = 0.05  # root mean square of a step, in standard deviations of the individual code
-ASKED = 0.3  # share of the windows, those where `integrated` says most, that `evidence` asks b about
-GAUSS_LEGENDRE = (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2)  # shares of a step that two points stand at
 TINY = 1e-30
 PIXELS_AT_ONCE = 512 * 64 * 64  # see `images_at_once`
 CPU_PIXELS_AT_ONCE = 64 * 64 * 64
@@ -78,15 +77,6 @@ def images_at_once(x: Tensor, blackbox: BlackBox) -> int:
     return max(1, (CPU_PIXELS_AT_ONCE if cached else PIXELS_AT_ONCE) // pixels)
 
 
-def spacing(window: int) -> int:
-    """Pixels from one window of `window` pixels to the next: nearly side by side, and an odd number.
-
-    Even steps, multiples of a network's strides, stand the same way to its grid everywhere, and what it would say of
-    other places is never asked.
-    """
-    return (window - 1) | 1
-
-
 def along(corners: Tensor, t: Tensor) -> Tensor:
     """Class codes (B, D) at shares t (B,) of the way, by its length, along polylines with `corners` (B, N + 1, D)."""
     length = corners.diff(dim=1).norm(dim=2).cumsum(1)  # (B, N): from the start to each corner after it
@@ -127,13 +117,14 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     Maps:
 
     - `auto`: `integrated`, or `patch` where b has no gradient;
-    - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see `_integrated`. On
-      the way the frames lose contrast, evenly, down to 1 - `fade` of it at the counterfactual: so it counts what makes
-      the other class, and, less, what the own one needs, which the counterfactual may have as well;
-    - `evidence`: `integrated`, and a quarter of what b loses where a window of the image is greyed (see `_windows`; it
-      is of the same unit, logits a pixel), asked where `integrated` says most: what b says when it is asked corrects
-      what its gradient promised;
-    - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `_windows`;
+    - `integrated`: what changes from the image to its counterfactual, weighted by b's gradient; see
+      `attribution.integrated`. On the way the frames lose contrast, evenly, down to 1 - `fade` of it at the
+      counterfactual: so it counts what makes the other class, and, less, what the own one needs, which the
+      counterfactual may have as well;
+    - `evidence`: `integrated`, and a quarter of what b loses where a window of the image is greyed (see
+      `attribution.windows`; it is of the same unit, logits a pixel), asked where `integrated` says most: what b says
+      when it is asked corrects what its gradient promised;
+    - `patch`: what a window of the counterfactual does in the image, and back; asks b only; see `attribution.windows`;
     - `path`: sum over frames of |frame_k - frame_{k-1}| * max(0, rise of p_target), over the sum of the weights, mean
       over channels (the paper's);
     - `contrast`: mean over channels of |end - reconstruction|;
@@ -143,7 +134,7 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
     at most, until it does not; see `_invert`. 0, as in the paper: never.
     `smooth` blurs the map by a Gaussian whose sigma is this share of the image's side; 0, as in the paper: none. The
     part of `evidence` that is a mean over windows gets half of it.
-    `fade`, in [0, 1], is used by `integrated` and `evidence`; see `_faded`.
+    `fade`, in [0, 1], is used by `integrated` and `evidence`; see `attribution.faded`.
     `window`, in (0, 1], is the side of the windows of `evidence` and `patch` as a share of the image's shorter side.
     """
     mode = choose_mode(mode, blackbox.differentiable)
@@ -269,10 +260,10 @@ def _map(mode: Mode, blackbox: BlackBox, x: Tensor, path: _Path, source: Tensor,
          smooth: float, fade: float, at_once: int) -> Tensor:  # fmt: skip
     """The map (B, H, W) of images x (B, 3, H, W), by one of `explain`'s modes; `window` in pixels."""
     start, end = path.frames[:, 0], path.frames[:, -1]
-    windows = partial(_windows, blackbox, source=source, target=target, window=window, at_once=at_once)
+    windows = partial(attribution.windows, blackbox, source=source, target=target, window=window, at_once=at_once)
     if mode in ("integrated", "evidence"):
-        way = _faded(torch.cat([x[:, None], path.frames[:, 1:]], 1), path.last, fade)
-        heat = _integrated(blackbox, way, path.last, source, target, at_once)
+        way = attribution.faded(torch.cat([x[:, None], path.frames[:, 1:]], 1), path.last, fade)
+        heat = attribution.integrated(blackbox, way, path.last, source, target, at_once)
     elif mode == "patch":
         # What the counterfactual's windows do in the image, and what the image's undo in the counterfactual.
         heat = (windows(x, end) - windows(end, x)) / 2
@@ -357,86 +348,3 @@ def _invert(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, class_code:
             found, before = found | new, right
             if found.all():
                 break
-
-
-def _faded(way: Tensor, last: Tensor, fade: float) -> Tensor:
-    """The way (B, K + 1, 3, H, W) with contrast that falls evenly, to 1 - `fade` of it at its end, step `last` (B,).
-
-    Contrast about the mean of each frame and channel. Flat images are no class's, and to integrate gradients on the way
-    to one shows what b goes by at all; a counterfactual shows what sets two classes apart. Some of the former finds
-    what the image's class needs and the other has as well; how much was chosen on val (benchmarks/README.md).
-    """
-    step = torch.arange(way.shape[1], device=way.device, dtype=way.dtype)
-    share = fade * (step / last[:, None]).clamp(max=1)  # (B, K + 1)
-    return torch.lerp(way, way.mean((-2, -1), keepdim=True), share[:, :, None, None, None])
-
-
-def _integrated(blackbox: BlackBox, way: Tensor, last: Tensor, source: Tensor, target: Tensor,
-                at_once: int) -> Tensor:  # fmt: skip
-    """Each pixel's part in what the way from an image to its counterfactual does to b; signed, (B, H, W).
-
-    The way (B, K + 1, 3, H, W) has the image at its start and then the path's frames, faded (see `_faded`); the sum
-    over k of (gradient of b's target minus source logit between image_{k-1} and image_k) * (image_k - image_{k-1}),
-    over channels too, by two Gauss-Legendre points a step: path-integrated gradients (Sundararajan et al. 2017) with
-    the faded counterfactual in the place of a baseline. So the map sums to that logit there minus at the image, up to
-    the quadrature. Starting at the image and not at its reconstruction, it also shows what b loses there, such as fine
-    texture: a part of why b changes its mind. Images from `last` (B,) on are all alike and are left out.
-    """
-    heat = torch.zeros_like(way[:, 0, 0])
-    used = torch.arange(way.shape[1] - 1, device=way.device) < last[:, None]  # (B, K)
-    for chunk in used.nonzero().split(at_once):
-        image, step = chunk.T
-        before, after = way[image, step], way[image, step + 1]
-        for share in GAUSS_LEGENDRE:
-            with torch.enable_grad():
-                point = torch.lerp(before, after, share).requires_grad_()
-                wanted = _logit_lead(blackbox, point, source[image], target[image])
-                (gradient,) = torch.autograd.grad(wanted.sum(), point)
-            heat.index_add_(0, image, (gradient * (after - before)).sum(1) / len(GAUSS_LEGENDRE))
-    return heat
-
-
-def _windows(blackbox: BlackBox, x: Tensor, content: Tensor, source: Tensor, target: Tensor, window: int,
-             at_once: int, where: Tensor | None = None) -> Tensor:  # fmt: skip
-    """What a square window of `content` (B, 3, H, W) does to b in the images x; signed, (B, H, W).
-
-    With f b's target minus source logit, and m the mask of a window of `window` pixels a side: the mean over the
-    window's area of f(x with the content inside m) - f(x). A pixel has the mean over the windows that cover it, which
-    stand `spacing` apart, those at the right and lower border as far in as needed. So it is logits a pixel, as
-    `_integrated` is; for a linear f it is that of content - x averaged over windows. The logit and not the probability,
-    which hardly moves by any window of an image that b is sure of, though that is where most images are; it takes the
-    outputs only, for a softmax's log odds are that difference.
-
-    With `where` (B, H, W), b is asked only about the share ASKED of an image's windows in which that has the greatest
-    mean; the others change nothing.
-    """
-    number, _, height, width = x.shape
-
-    def masks(size: int) -> Tensor:
-        """Which of the rows (or columns) each window covers: bool (windows, size)."""
-        begins = torch.tensor([*range(0, size - window, spacing(window)), size - window], device=x.device)[:, None]
-        place = torch.arange(size, device=x.device)
-        return (begins <= place) & (place < begins + window)
-
-    down, across = masks(height), masks(width)
-    rows, cols = down.to(x), across.to(x)
-    places = len(down) * len(across)
-    chosen = torch.arange(places, device=x.device).expand(number, -1)
-    if where is not None:
-        chosen = (rows @ where.to(x) @ cols.T).flatten(1).topk(math.ceil(ASKED * places)).indices
-    lead = [_logit_lead(blackbox, x[i], source[i], target[i]) for i in torch.arange(number).split(at_once)]
-    asked = []
-    for chunk in torch.arange(chosen.numel(), device=x.device).split(at_once):
-        image, place = chunk // chosen.shape[1], chosen.flatten()[chunk]
-        mask = (down[place // len(across), :, None] & across[place % len(across), None, :])[:, None]  # (n, 1, H, W)
-        asked.append(_logit_lead(blackbox, torch.where(mask, content[image], x[image]), source[image], target[image]))
-    change = torch.cat(asked).view_as(chosen) - torch.cat(lead)[:, None]
-    effect = change.new_zeros(number, places).scatter(1, chosen, change / window**2)
-    total = rows.T.to(effect) @ effect.view(number, len(down), len(across)) @ cols.to(effect)
-    return total / torch.outer(rows.sum(0), cols.sum(0)).to(effect)
-
-
-def _logit_lead(blackbox: BlackBox, images: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """By how much b's logit of the target (B,) exceeds that of the source (B,), for images (B, 3, H, W): (B,)."""
-    logits = blackbox(images)
-    return (logits.gather(1, target[:, None]) - logits.gather(1, source[:, None]))[:, 0]

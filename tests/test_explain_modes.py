@@ -27,8 +27,10 @@ from worlds import (
 )
 
 import cae.explain
+from cae import attribution
 from cae.classifiers import BlackBox
 from cae.explain import Mode, choose_mode
+from cae.images import blur
 
 
 def test_map_lies_on_the_blob_exactly() -> None:
@@ -107,7 +109,7 @@ def test_contrast_falls_evenly_to_the_end_of_the_way() -> None:
     way = torch.randn(3, 6, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
     last = torch.tensor([5, 2, 1])
     for fade in (0.0, 0.3, 1.0):
-        found = cae.explain._faded(way, last, fade)
+        found = attribution.faded(way, last, fade)
         for i, k in product(range(3), range(6)):
             left = 1 - fade * min(1, k / int(last[i]))
             for channel in range(3):
@@ -165,7 +167,7 @@ def test_integrated_attributions_sum_to_the_change_of_the_logit_from_the_image_t
         first = torch.tensor([steps, (steps + 1) // 2, (steps + 7) // 8, steps])
         for i, last in enumerate(first):
             way[i, last:] = way[i, last]
-        heat = cae.explain._integrated(b, way, first, source, target, at_once=7)
+        heat = attribution.integrated(b, way, first, source, target, at_once=7)
         change = logit_lead(b, way[:, -1], source, target) - logit_lead(b, x, source, target)
         assert change.abs().min() > 0.01
         return (heat.sum((1, 2)) - change).abs()
@@ -226,7 +228,7 @@ def test_patch_map_against_slow(window: int, monkeypatch: pytest.MonkeyPatch) ->
     asked.clear()
     blackbox.differentiable = False
     chunked = explain(network, blackbox, x, source, target, codes, mode="patch", window=window / 20)
-    windows = [len(range(0, size - window, cae.explain.spacing(window))) + 1 for size in (20, 32)]
+    windows = [len(range(0, size - window, attribution.spacing(window))) + 1 for size in (20, 32)]
     assert torch.allclose(chunked.map, found.map, atol=1e-9) and max(asked) == 2 * math.prod(windows)
     monkeypatch.setattr(cae.explain, "PIXELS_AT_ONCE", 8 * 20 * 32)
     asked.clear()
@@ -246,7 +248,7 @@ def test_windows_where_b_is_linear_have_the_attributions_averaged_over_them() ->
     source, target = torch.tensor([0, 2]), torch.tensor([1, 0])
     weights = b.net[2].weight
     share = ((weights[target] - weights[source]).view_as(x) * change).sum(1)  # (B, H, W): each pixel's part
-    found = cae.explain._windows(b, x, x + change, source, target, 4, at_once=50)
+    found = attribution.windows(b, x, x + change, source, target, 4, at_once=50)
     total, count = torch.zeros_like(share), torch.zeros_like(share)
     for top in range(0, SIDE - 3, 3):
         for left in range(0, SIDE - 3, 3):
@@ -255,7 +257,7 @@ def test_windows_where_b_is_linear_have_the_attributions_averaged_over_them() ->
             count[square] += 1
     assert torch.allclose(found, total / count)
     # A pixel at a time: the attributions themselves.
-    assert torch.allclose(cae.explain._windows(b, x, x + change, source, target, 1, at_once=50), share)
+    assert torch.allclose(attribution.windows(b, x, x + change, source, target, 1, at_once=50), share)
 
 
 @torch.no_grad()
@@ -264,7 +266,7 @@ def test_one_window_has_the_whole_change_whatever_b() -> None:
     x, change = torch.randn(2, 3, 3, SIDE, SIDE, dtype=torch.float64)
     source, target = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
     rise = logit_lead(b, x + change, source, target) - logit_lead(b, x, source, target)
-    found = cae.explain._windows(b, x, x + change, source, target, SIDE, at_once=1)
+    found = attribution.windows(b, x, x + change, source, target, SIDE, at_once=1)
     assert torch.allclose(found, (rise / SIDE**2)[:, None, None].expand(-1, SIDE, SIDE))
 
 
@@ -275,7 +277,7 @@ def test_windows_are_asked_about_where_another_map_says_most() -> None:
     x, change = torch.randn(2, 3, 3, height, width, generator=generator, dtype=torch.float64)
     source, target = torch.tensor([0, 2, 1]), torch.tensor([1, 0, 2])
     where = torch.randn(3, height, width, generator=generator)
-    found = cae.explain._windows(b, x, x + change, source, target, 8, at_once=5, where=where)
+    found = attribution.windows(b, x, x + change, source, target, 8, at_once=5, where=where)
     begins = [*range(0, SIDE - 8, 7), SIDE - 8]
     places = [(slice(top, top + 8), slice(left, left + 8)) for top in begins for left in begins]
     few = math.ceil(0.3 * len(places))
@@ -300,11 +302,11 @@ def test_evidence_is_the_sum_of_its_parts() -> None:
     source, target = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
     for fade, smooth in product((0.0, 0.2), (0.0, 0.1)):
         end = network.decode(codes, network.encode(x)[1])
-        way = cae.explain._faded(torch.stack([x, end], 1), torch.ones(3), fade)
-        heat = cae.explain._integrated(b, way, torch.ones(3, dtype=int), source, target, at_once=9)
-        heat = cae.explain.blur(heat, smooth) if smooth else heat
-        asked = cae.explain._windows(b, x, 0 * x, source, target, 8, at_once=9, where=heat)
-        expected = heat + (cae.explain.blur(asked, smooth / 2) if smooth else asked) / 4
+        way = attribution.faded(torch.stack([x, end], 1), torch.ones(3), fade)
+        heat = attribution.integrated(b, way, torch.ones(3, dtype=int), source, target, at_once=9)
+        heat = blur(heat, smooth) if smooth else heat
+        asked = attribution.windows(b, x, 0 * x, source, target, 8, at_once=9, where=heat)
+        expected = heat + (blur(asked, smooth / 2) if smooth else asked) / 4
         options: Any = {"window": 0.25, "smooth": smooth, "fade": fade}
         found = explain(network, b, x, source, target, codes, mode="evidence", **options)
         assert torch.allclose(found.map, expected.clamp(min=0), atol=1e-6) and found.map.amax() > 1e-3
@@ -338,7 +340,7 @@ def test_windows_that_are_no_share_of_the_side_are_refused() -> None:
 def test_smooth_blurs_the_map_and_nothing_else(mode: str) -> None:
     x = image(-0.2)
     sharp, smooth = (run(x, [0], [1], [[0.8, -0.5]], mode=mode, smooth=share) for share in (0.0, 0.1))
-    assert torch.allclose(smooth.map, cae.explain.blur(sharp.map, 0.1))
+    assert torch.allclose(smooth.map, blur(sharp.map, 0.1))
     assert not torch.allclose(smooth.map, sharp.map, atol=1e-3) and (smooth.map >= 0).all()
     assert torch.equal(smooth.signed, sharp.signed) and smooth.status == sharp.status
 
@@ -355,7 +357,7 @@ def test_smooth_weighs_what_speaks_against_the_target_too(mode: str) -> None:
     for_it, against_it = (explain(network, asked, *given, mode=mode).map for asked in (b, against))
     assert (for_it * against_it == 0).all() and (for_it > 0).any() and (against_it > 0).any()
     smooth = explain(network, b, *given, mode=mode, smooth=0.05).map
-    assert torch.allclose(smooth, cae.explain.blur(for_it - against_it, 0.05).clamp(min=0))
+    assert torch.allclose(smooth, blur(for_it - against_it, 0.05).clamp(min=0))
 
 
 def test_auto_is_the_mode_that_the_classifier_allows() -> None:
