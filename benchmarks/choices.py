@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import tyro
-from methods import groups_of, networks
+from methods import groups_of, networks, runner_up
 from record import append, here_and_now, say
 from torch import Tensor
 
@@ -113,8 +113,8 @@ def main(options: Options) -> None:
     chosen = right.sample(min(options.images, len(right)), random_state=options.seed)
     groups = groups_of(run, chosen.id)
     x = to_tensor(read_images(run, chosen.id.to_numpy(), base.model.image_size, base.fit))
-    order = torch.from_numpy(np.stack(chosen.probabilities.to_list())).argsort(dim=1, descending=True, stable=True)
-    source, target = order[:, 0], order[:, 1]
+    p = torch.from_numpy(np.stack(chosen.probabilities.to_list()))
+    source, target = p.argmax(1), runner_up(run, p)
     steps = metrics.disjoint_steps(base.model.image_size, HEADLINE)
     rows: list[dict[str, Any]] = []
     first: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from methods import methods, networks
+from methods import methods, networks, runner_up
 from record import append, here_and_now, say
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Options:
 
 def lesions(run: Run, blackbox: BlackBox, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Newly drawn images (N, 3, S, S) with a lesion that the classifier gets right, of `count`; where the lesion lies,
-    bool (N, S, S); the classes in the order of their probability (N, C)."""
+    bool (N, S, S); the classifier's probabilities (N, C)."""
     of_run = run.state["options"]
     if of_run["dataset"] != "synthetic":
         sys.exit(f"error: {run.folder} is on {of_run['dataset']}: give a run on `synthetic`, whose truth is known")
@@ -71,13 +71,11 @@ def lesions(run: Run, blackbox: BlackBox, size: int, count: int) -> tuple[Tensor
         masks.append(mask[..., 0] > 127)
         labels.append(sample.label)
     x, known = to_tensor(np.stack(images)), torch.from_numpy(np.stack(masks))
-    order = torch.cat([blackbox.probabilities(some) for some in x.split(BATCH)]).argsort(
-        dim=1, descending=True, stable=True
-    )
-    fine = (order[:, 0] == torch.tensor(labels)) & known.flatten(1).any(1)
+    p = torch.cat([blackbox.probabilities(some) for some in x.split(BATCH)])
+    fine = (p.argmax(1) == torch.tensor(labels)) & known.flatten(1).any(1)
     if fine.sum() < 2:
         sys.exit(f"error: of {count} lesions the classifier gets {int(fine.sum())} right: give more --lesions")
-    return x[fine], known[fine], order[fine]
+    return x[fine], known[fine], p[fine]
 
 
 def main(options: Options) -> None:
@@ -89,8 +87,8 @@ def main(options: Options) -> None:
     unknown = [name for name in options.only if name not in found]
     if unknown:
         sys.exit(f"error: there is no {unknown[0]!r} to measure: choose among {', '.join(found)}")
-    x, masks, order = lesions(run, blackbox, base.model.image_size, options.lesions)
-    source, target = order[:, 0], order[:, 1]
+    x, masks, p = lesions(run, blackbox, base.model.image_size, options.lesions)
+    source, target = p.argmax(1), runner_up(run, p)
     rows: list[dict[str, object]] = []
     default: dict[str, Tensor] = {}
     for name in dict.fromkeys((DEFAULT, *(options.only or found))):

@@ -21,7 +21,7 @@ from cae.peers.table import Peer, peers
 from cae.sanity import rank_correlation, structural_similarity
 from pipelines.bulk import read_images, read_table
 from pipelines.cluster import place
-from pipelines.maps import BATCH
+from pipelines.maps import BATCH, choose_targets
 from pipelines.run import Run
 from pipelines.shard import read_groups
 from pipelines.ways import read_medoids
@@ -49,22 +49,29 @@ def groups_of(run: Run, ids: Iterable[str]) -> list[str]:
     return [groups[name] for name in ids]
 
 
+def runner_up(run: Run, p: Tensor) -> Tensor:
+    """The class (B,) that stage explain walks to by default from images of probabilities p (B, C)."""
+    names = tuple(run.result("classify")["classes"])
+    return torch.tensor([target for _, target in choose_targets(p, "runner-up", names, read_medoids(run))])
+
+
 def examples(run: Run, blackbox: BlackBox, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Images of the split val (all, where there are fewer), the classifier's class for each and its second choice, and
-    the images' groups."""
+    """Images of the split val (all, where there are fewer), the classifier's class for each and the one to walk to,
+    and the images' groups."""
     table = read_table(run, "codes", ["id", "split"]).to_pandas()
     ids = table[table.split == "val"].id
     ids = ids.sample(min(count, len(ids)), random_state=seed).to_numpy()
     options = run.state["options"]
     x = to_tensor(read_images(run, ids, options["model"]["image_size"], options["fit"]))
-    order = blackbox.probabilities(x).argsort(dim=1, descending=True, stable=True)
-    return x, order[:, 0], order[:, 1], groups_of(run, ids)
+    p = blackbox.probabilities(x)
+    return x, p.argmax(1), runner_up(run, p), groups_of(run, ids)
 
 
 def methods(run: Run, cae: CAE) -> dict[str, Method]:
     """The CAE in each of its modes, towards the run's codes of the classes, and every peer, by name.
 
-    Maps of modes `path`, `contrast` and `input` are not smoothed, as in the paper.
+    Maps of modes `path`, `contrast` and `input` are not smoothed, as in the paper; no image is inverted, where the
+    pipeline inverts the few per cent whose reconstruction has lost their class.
     """
     counters = {label: torch.from_numpy(code) for label, (_, code) in read_counter_codes(run).items()}
     modes = {f"CAE, {mode}": partial(_of_cae, cae, counters, mode) for mode in get_args(Mode)}

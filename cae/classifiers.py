@@ -127,18 +127,25 @@ class BlackBox(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.answer(self.normalised(x))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Images x (B, 3, H, W) in the network's channels and units, before they are resized: (B, 3 or 1, H, W)."""
         x = (x + 1) / 2
         if self.channels != "RGB":
             x = x.flip(1) if self.channels == "BGR" else x.mean(1, keepdim=True)
-        x = (x - self.mean) / self.std
+        return (x - self.mean) / self.std
+
+    def answer(self, x: Tensor) -> Tensor:
+        """The logits (B, C) of images x (B, 3 or 1, H, W) that `normalised` gave."""
         if self.input_size is not None and x.shape[-2:] != self.input_size:
             x = F.interpolate(x, size=self.input_size, mode="bilinear", antialias=True)
         y = self.net(x if self.layout == "NCHW" else x.permute(0, 2, 3, 1))
         if self.outputs == "probabilities":
             y = y.float()
-        if y.numel() == len(y):  # of two classes the second one's
+        if y.numel() == len(y):  # of two classes the second one's; a logit's halves, so that either has a gradient
             y = y.reshape(-1, 1)
-            y = torch.cat([torch.zeros_like(y) if self.outputs == "logits" else (1 - y).clamp(min=LEAST), y], 1)
+            y = torch.cat([-y / 2, y / 2] if self.outputs == "logits" else [(1 - y).clamp(min=LEAST), y], 1)
         if self.outputs == "logits":
             return y
         least = torch.finfo(torch.float32).tiny if self.differentiable else LEAST
@@ -199,8 +206,8 @@ def load(spec: str, classes: tuple[str, ...] = ()) -> BlackBox:
                                   one beside the file, of the same name, is read too
 
     `classes` names the outputs where the card does not; they are numbered without. Raises ValueError, in one line, for
-    anything else, and for a classifier that fails on a grey image. Pickles are refused unless the spec comes from
-    `cae.blackboxes.resolve` with `trust_pickle`.
+    anything else, and for a classifier that fails on a grey image, and ConnectionError for a server that does not
+    answer. Pickles are refused unless the spec comes from `cae.blackboxes.resolve` with `trust_pickle`.
     """
     blackbox = _open(spec, classes)
     if classes and blackbox.classes != classes:
@@ -243,6 +250,8 @@ def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBo
         _, outputs = logits.shape
         if not logits.isfinite().all():
             raise ValueError("its outputs are not finite")
+    except ConnectionError:  # no fault of what is asked
+        raise
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(

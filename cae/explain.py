@@ -37,9 +37,9 @@ class Explanation:
     """What `explain` returns for B images, one target each."""
 
     status: list[str]
-    """`flipped`: b gives the target class at the end of the path; `unflipped`: it does not, the map is of the whole
-    path; `reconstruction_flipped`: b sees another class in the reconstruction already, so the path explains little;
-    `failed`: values that are not finite."""
+    """`flipped`: b gives the target class, by the margin asked for, at the end of the path; `unflipped`: it does not,
+    the map is of the whole path; `reconstruction_flipped`: b sees another class in the reconstruction already, so the
+    path explains little; `failed`: values that are not finite."""
     map: Tensor
     """(B, H, W), not negative: how much each pixel matters for the way to the target class, as the mode has it."""
     signed: Tensor
@@ -198,7 +198,7 @@ class _Path:
     last: Tensor
     """(B,) the step, 1 to K, from which on all frames are the end."""
     flipped: Tensor
-    """(B,) bool: the target leads at the end."""
+    """(B,) bool: the target leads at the end, by the margin."""
     flip_at: Tensor
     """(B,) as in `Explanation`."""
 

@@ -25,6 +25,7 @@ from cae.blackboxes import FUNCTION, LIBRARIES, WEB, Card, parted, read_bytes, r
 from cae.checkpoint import read_weights
 
 Create = Callable[[int], nn.Module]  # a network with so many outputs
+TRANSIENT = (429, 500, 502, 503, 504)  # what a server answers that may answer well another time
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -33,7 +34,8 @@ def open_foreign(spec: str, card: Card, trusted: bool, built_in: Mapping[str, Cr
     """The network, in evaluation mode, and its card with what the file or library says of its own inputs.
 
     `built_in` makes networks that need no library, by name (`torchvision:resnet18`); `classes` are those that its
-    outputs have where the card names none. Raises ValueError, in one line.
+    outputs have where the card names none. Raises ValueError, in one line, and a server's network ConnectionError where
+    the server does not answer.
     """
     if spec.startswith(WEB):
         return _server(spec, card, card.classes or classes), card
@@ -127,7 +129,7 @@ class Foreign(nn.Module):
             padded = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
             try:
                 outputs.append(self.ask(padded)[: len(part)])
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError, ConnectionError):
                 raise
             except Exception as error:  # ONNX Runtime's own, and whatever a function raises
                 raise ValueError(f"the classifier failed: {reason(error)}") from error
@@ -260,7 +262,7 @@ def _server(url: str, card: Card, classes: tuple[str, ...]) -> nn.Module:
             raise ValueError(f"the card of {url} says that ${card.token} holds its token, and it is not set")
         headers["Authorization"] = f"Bearer {os.environ[card.token]}"
     again = urllib3.Retry(card.retries, backoff_factor=0.5, allowed_methods=None, raise_on_status=False,
-                          status_forcelist=(429, 500, 502, 503, 504))  # fmt: skip
+                          status_forcelist=TRANSIENT)  # fmt: skip
     pool = urllib3.PoolManager(retries=again, timeout=card.timeout, headers=headers)
     key = "inputs" if card.protocol == "mlflow" else "instances"
 
@@ -269,10 +271,11 @@ def _server(url: str, card: Card, classes: tuple[str, ...]) -> nn.Module:
         try:
             answer = pool.request("POST", url, body=json.dumps({key: images}))
         except urllib3.exceptions.HTTPError as error:
-            raise ValueError(f"the classifier at {url} does not answer: {reason(error)}") from error
+            raise ConnectionError(f"the classifier at {url} does not answer: {reason(error)}") from error
         if answer.status != 200:
             text = " ".join(answer.data.decode("utf-8", "replace").split())
-            raise ValueError(f"the classifier at {url} answers {answer.status}: {text[:200]}")
+            kind = ConnectionError if answer.status in TRANSIENT else ValueError  # another day, perhaps; or never
+            raise kind(f"the classifier at {url} answers {answer.status}: {text[:200]}")
         try:
             held = json.loads(answer.data)
             rows = held["predictions"] if isinstance(held, dict) else held

@@ -31,7 +31,7 @@ class Judgement:
     measures: dict[str, float]
     """`swap_success`: share of the swaps that b gives the donor's class; `oracle_success`: that of the oracle, if one
     was given; `keeps_class`: share of the reconstructions that keep b's class; `believed`: share of the images for
-    which all of these hold; `aopc`: of the maps from reconstruction to swap, disjoint patches, uniform fill;
+    which all of these hold; `aopc`: of the maps on the way to the swap, disjoint patches, uniform fill;
     `reconstruction_error`: mean |x - reconstruction|, of [-1, 1]; `likeness`: 1 - that over mean |x - mean image|;
     `score`: (`believed` * `aopc` * `likeness`)^(1/3), factors below 0 counting as 0.
 
@@ -85,7 +85,7 @@ def _walk(cae: CAE, blackbox: BlackBox, x: Tensor, target: Tensor, donors: Tenso
           oracle: BlackBox | None) -> dict[str, Tensor]:  # fmt: skip
     """From the reconstruction of each of a few images to its swap: images, and what is measured for each image."""
     source = blackbox.probabilities(x).argmax(1)
-    path = explain(cae, blackbox, x, source, target, cae.encode(donors)[0], mode="auto", steps=1, refine=0)
+    path = explain(cae, blackbox, x, source, target, cae.encode(donors)[0])  # in one step
     reconstruction, swap = path.frames[:, 0], path.frames[:, -1]
     p_swap = blackbox.probabilities(swap)
     fine, keeps = (

@@ -56,10 +56,6 @@ class _Reflect(torch.autograd.Function):
         return grad.contiguous(), None
 
 
-class NoNorm(nn.Identity):
-    """Takes the place of a norm layer; `nn.Identity` accepts and ignores the channel count."""
-
-
 class InstanceNorm(nn.Module):
     """Norm of every channel of every image by itself."""
 

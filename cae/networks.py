@@ -18,7 +18,6 @@ from cae.layers import (
     Detail,
     InstanceNorm,
     LayerNorm,
-    NoNorm,
     OutConv,
     ResidualBlock,
     StridedBlock,
@@ -72,7 +71,7 @@ class ClassEncoder(nn.Module):
                 StridedBlock(2 * width, 2 * width, 1),
                 StridedBlock(2 * width, 4 * width, 2),
             ]
-        self.features = nn.Sequential(stem(config, NoNorm), *layers)
+        self.features = nn.Sequential(stem(config, nn.Identity), *layers)
         self.to_code = nn.Conv2d(width if config.class_encoder == "plain" else 4 * width, config.class_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ class Discriminator(nn.Module):
         for c_in, c_out in pairwise([config.channels, *widths]):
             layers += [conv(c_in, c_out, 4, 2), nn.LeakyReLU(0.2, inplace=True)]
         layers += [
-            ResidualBlock(widths[-1], NoNorm, nn.LeakyReLU(0.2, inplace=True)) for _ in range(config.disc_blocks)
+            ResidualBlock(widths[-1], nn.Identity, nn.LeakyReLU(0.2, inplace=True)) for _ in range(config.disc_blocks)
         ]
         self.features = nn.Sequential(*layers)
         hidden = widths[-1] // 2

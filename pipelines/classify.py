@@ -1,6 +1,6 @@
 """Stage classify: the black box. Trains a ResNet with Ray Train, or takes the user's; then asks it about every image.
 
-Writes `classifier/` (unless the user's own is used), `predictions/…parquet` and `evaluation/accuracy.csv`.
+Writes `classifier/` (unless the user's own is used), `predictions/…parquet` and `classifier/accuracy.csv`.
 """
 
 from __future__ import annotations
@@ -87,10 +87,8 @@ def classify(run: Run, options: ClassifyOptions, names: tuple[str, ...], spec: s
     bulk(run, options, "classify", shard_units(run), PredictWorker, "predictions",
          spec=spec, names=names, size=options.model.image_size, fit=options.fit, **where(options))  # fmt: skip
     accuracy = accuracy_table(run, names)
-    run.write("evaluation/accuracy.csv", accuracy.to_csv(index=False).encode())
-    tracking.log_folder(run, "evaluation/accuracy.csv")
-    if not options.classifier:
-        tracking.log_folder(run, "classifier")
+    run.write("classifier/accuracy.csv", accuracy.to_csv(index=False).encode())
+    tracking.log_folder(run, "classifier")
     metrics = {
         f"classifier/{row.split}/{name}": float(getattr(row, name))
         for row in accuracy.itertuples()

@@ -135,7 +135,7 @@ def own_modes(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if options.tables == "full":
         if options.smooth:
             modes[UNSMOOTHED] = replace(options, smooth=0)
-        if options.fade and options.mode == "integrated":
+        if options.fade and options.mode in ("integrated", "evidence"):
             modes[UNFADED] = replace(options, fade=0)
         for mode in get_args(Mode):
             if mode != options.mode:

@@ -58,13 +58,13 @@ class ExplainOptions(EmbedOptions):
     mode: Mode | Literal["auto"] = "auto"
     """How a path becomes a map: `integrated` (what changes from the image to its counterfactual, weighted by the
     classifier's gradient), `evidence` (that, and what the classifier loses where windows of the image are greyed, asked
-    where `integrated` says most: 25 queries), `patch` (by queries only: what each window of the counterfactual does to
-    the classifier in the image, and one of the image in the counterfactual: 162 queries), `path` (the paper's: frame
+    where `integrated` says most: 30 questions), `patch` (by questions only: what each window of the counterfactual does
+    to the classifier in the image, and one of the image in the counterfactual: 166), `path` (the paper's: frame
     differences weighted by the rise of the target's probability), `contrast` (end against reconstruction) or `input`
     (end against image). `auto`: `integrated`, or `patch` where the classifier has no gradient."""
     window: float = 0.125
     """Side of the windows of modes `evidence` and `patch`, as a share of the image's; they stand nearly side by side.
-    0.125 takes 25 and 162 queries an image, 0.25 takes 8 and 50."""
+    0.125 takes 25 and 162 of them an image, 0.25 takes 8 and 50."""
     smooth: float = 0.05
     """Sigma of the Gaussian that maps are blurred by, as a share of the image's side; 0: none, as in the paper."""
     fade: float = 0.25

@@ -78,7 +78,7 @@ def methods(
         return controls.reconstruction_error(x, cae.decode(*cae.encode(x)))
 
     found: dict[str, Method] = {name: partial(of_cae, how) for name, how in modes.items()}
-    for name, peer in peers(cae).items():
+    for name, peer in peers(cae, seed).items():
         if full or name in BRIEF_PEERS:
             found[name] = partial(of_peer, peer)
     known_nothing: tuple[Method, ...] = (
@@ -267,6 +267,8 @@ class MeasureWorker:
             try:
                 # What is measured under the name CAE is what the run has given its user.
                 heat = kept if name == "CAE" else method(seen.x, seen.source, target, waypoints, counts)
+            except torch.AcceleratorError:  # not the method's fault: nothing can be computed in this process any more
+                raise
             except UNFIT as error:
                 for row in rows:
                     row["maps"].append({"method": name, "error": first_line(error)})
@@ -308,8 +310,12 @@ class MeasureWorker:
         ]
         if located:
             given = heat[located], masks[located]
-            measures = {"pointing": metrics.pointing_game(*given), "energy": metrics.energy_in_mask(*given),
-                        "iou": metrics.iou_at_equal_area(*given), "auroc": metrics.pixel_auroc(*given)}  # fmt: skip
+            measures = {
+                "pointing": metrics.pointing_game(*given, seed=self.seed),
+                "energy": metrics.energy_in_mask(*given),
+                "iou": metrics.iou_at_equal_area(*given, seed=self.seed),
+                "auroc": metrics.pixel_auroc(*given),
+            }
             for spot, k in enumerate(located):
                 found[k] |= {name: float(values[spot]) for name, values in measures.items()}
         perturbed = [k for k, task in enumerate(tasks) if finite[k] and task["measured"]]

@@ -45,7 +45,7 @@ class RunOptions:
     """Run folder, local or s3://. Default: DATASET-PRESET in $CAE_RUNS, else in runs/. An existing one goes on where it
     was, with its own options."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random, but for what held-out images are asked while a CAE trains: always the same."""
     tracking_uri: str = ""
     """MLflow server (http://…) or database (sqlite:///…). Default: $MLFLOW_TRACKING_URI, else mlflow.db beside the run
     folder (with a run folder on S3: in runs/)."""
@@ -80,7 +80,7 @@ PATHS = ("dataset", "data_root", "classifier", "oracle", "authors_generator")  #
 # What each stage leaves in the run folder, to go on from or to drop when it starts over.
 WRITES = {
     "shard": ("shards",),
-    "classify": ("checkpoints/classify", "classifier", "predictions", "evaluation/accuracy.csv"),
+    "classify": ("checkpoints/classify", "classifier", "predictions"),
     "tune": ("checkpoints/tune", "tune"),
     "train": ("checkpoints/train", "cae"),
     "embed": ("codes", "manifold"),
@@ -156,8 +156,11 @@ class Run:
         One that failed for a mistake in its options is free to start over with others.
         """
         state = self.state["stages"].get(stage, {})
-        left = any(self.fs.exists(self.path(name)) for name in WRITES[stage])
-        return self.done(stage) or (bool(state) and not state.get("mistake") and left)
+        return self.done(stage) or (bool(state) and not state.get("mistake") and self.left(stage))
+
+    def left(self, stage: str) -> bool:
+        """Whether there is anything that a stage has written."""
+        return any(self.fs.exists(self.path(name)) for name in WRITES[stage])
 
 
 def flat(options: RunOptions) -> dict[str, Any]:
@@ -207,6 +210,8 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
     decisive = json.loads(json.dumps({field: table[field] for field in ("seed", *own)}))
     begun_before = run.state["stages"].get(name, {})
     if begun_before and begun_before["options"] != decisive:
+        if run.left(name):
+            print(f"{name:9} starts over: it was begun with other options and failed by them", flush=True)
         _drop(run, name)
         begun_before |= {"calls": 0, "seconds": 0.0}
     spent, begun = _spent(run, name, begun_before), time.time()
@@ -222,8 +227,9 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
                 {f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)}
             )
     except Exception as error:
-        if isinstance(mistake(error), ValueError):  # the options that led here must not become the defaults
-            run.state["options"] = options_before
+        if isinstance(mistake(error), ValueError):
+            if not run.left(name):  # options that led to nothing must not become the defaults
+                run.state["options"] = options_before
             run.state["stages"][name]["mistake"] = not work_before  # which nobody may drop for what went wrong now
             run.save()
         raise

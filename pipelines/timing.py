@@ -63,6 +63,8 @@ class TimeWorker:
             for name, do in work.items():
                 try:
                     best[name] = min(best.get(name, np.inf), self._seconds(do))
+                except torch.AcceleratorError:
+                    raise
                 except UNFIT:  # stage evaluate says of every map why it is missing
                     continue
         return pa.Table.from_pylist([

@@ -101,7 +101,6 @@ def search(run: Run, options: TuneOptions) -> dict[str, Any]:
     for name, figure in _pictures(table[fine], options, best.name, np.array(early), pairs).items():
         run.write(f"tune/{name}.png", png(figure))
     tracking.log_folder(run, "tune")
-    run.fs.rm(run.path("checkpoints", "tune"), recursive=True)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in table.outcome.value_counts().items())
     return {
         "says": f"{len(table)} trials ({counts}); best {options.metric} {best[options.metric]:.3f}, swap success "
@@ -322,7 +321,11 @@ OWN = ("trials", "search", "metric", "span", "budget", "also", "oracle", "labels
 
 def main(options: TuneOptions) -> dict[str, Any]:
     """Run the stage on a run folder."""
-    return runs.run_stage("tune", options, prepare, OWN, needs=("shard", "classify"))
+    result = runs.run_stage("tune", options, prepare, OWN, needs=("shard", "classify"))
+    run = Run(options.run)
+    if run.fs.exists(run.path("checkpoints", "tune")):  # not before the result is noted: a kill would lose the search
+        run.fs.rm(run.path("checkpoints", "tune"), recursive=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_axes_channels_and_single_outputs(tmp_path: Path) -> None:
                  network(1)(unit.mean(1, keepdim=True) * 255)),
         "softmax": (nn.Sequential(network(), nn.Softmax(1)), {"outputs": "probabilities"}, unit,
                     network()(unit).log_softmax(1)),
-        "second": (network(3, 1), {}, unit, nn.functional.pad(second, (1, 0))),
+        "second": (network(3, 1), {}, unit, torch.cat([-second / 2, second / 2], 1)),
         "sigmoid": (nn.Sequential(network(3, 1), nn.Sigmoid()), {"outputs": "probabilities"}, unit,
                     torch.cat([nn.functional.logsigmoid(-second), nn.functional.logsigmoid(second)], 1)),
     }  # fmt: skip
@@ -232,6 +232,12 @@ def test_axes_channels_and_single_outputs(tmp_path: Path) -> None:
         blackbox = load(export(tmp_path / f"{name}.pt2", net, example))
         torch.testing.assert_close(blackbox(x).detach(), expected, rtol=1e-4, atol=1e-3)
         assert torch.allclose(blackbox.probabilities(x), expected.softmax(1), atol=1e-5)
+
+
+def test_the_one_logit_of_two_classes_gives_either_of_them_a_gradient() -> None:
+    blackbox, x = BlackBox(network(3, 1), ("well", "sick")), images().requires_grad_()
+    gradients = [torch.autograd.grad(blackbox(x)[:, label].sum(), x)[0] for label in (0, 1)]
+    assert gradients[0].abs().amax() > 0 and torch.equal(gradients[0], -gradients[1])
 
 
 class Striped(nn.Module):

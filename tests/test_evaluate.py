@@ -262,3 +262,11 @@ def test_maps_of_many_donors_are_made_of_few_images_at_once(finished: Path, monk
     monkeypatch.setattr(measure, "AT_ONCE", 6)
     torch.testing.assert_close(method(x, source, 1 - source, waypoints, counts), at_once)
     assert seen == [6, 3, 3]
+
+
+def test_modes_that_fade_are_measured_without_it_too() -> None:
+    for mode in get_args(Mode):
+        modes = evaluate.own_modes(EvaluateOptions(run="r", mode=mode, tables="full"))
+        assert ("CAE, not faded" in modes) == (mode in ("integrated", "evidence"))
+        assert modes["CAE"]["mode"] == mode and modes["CAE"]["fade"] == 0.25
+        assert {modes[name]["fade"] for name in modes if name == "CAE, not faded"} <= {0}

@@ -26,12 +26,14 @@ def black_boxes(folder: Path, case: str) -> BlackBox:
     if case == "plain":
         return BlackBox(net, ("a", "b", "c")).eval().requires_grad_(False)
     imagenet: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    if case == "grey":
+        imagenet["channels"] = "grey"
     if case == "BGR":
         imagenet = {name: values[::-1] for name, values in imagenet.items()} | {"channels": "BGR"}
     return BlackBox(net, ("a", "b", "c"), **imagenet, input_size=48).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("case", ["plain", "folded", "normalised and resized", "BGR"])
+@pytest.mark.parametrize("case", ["plain", "folded", "normalised and resized", "BGR", "grey"])
 def test_full_gradients_are_complete(tmp_path: Path, case: str) -> None:
     box, images, target = black_boxes(tmp_path, case), pictures(3, 32, 32), torch.tensor([2, 0, 1])
     terms = full_gradients(box, images, target)

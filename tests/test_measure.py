@@ -322,6 +322,28 @@ def test_a_classifier_without_a_gradient_is_explained_by_all_peers_that_only_ask
     assert works == {"occlusion", "LIME", "RISE"}
 
 
+def test_what_draws_at_random_draws_by_the_seed() -> None:
+    of = seen()
+    first, same, other = (methods(B, TOY, {}, full=True, seed=seed) for seed in (3, 3, 4))
+    for name in ("RISE", "LIME", "random"):
+        maps, again, others = (
+            found[name](of.x[:1], of.source[:1], *3 * [None])  # type: ignore[list-item]
+            for found in (first, same, other)
+        )
+        assert torch.equal(maps, again) and not torch.equal(maps, others), name
+
+
+def test_a_device_that_has_failed_is_no_fault_of_the_method() -> None:
+    def fails(*_: Any) -> Tensor:
+        raise torch.AcceleratorError
+
+    task = {"measured": True, "located": False, "shown": False, "donor": None}
+    answers = [{"target": TARGETS[0], "map": [0.0] * SIDE**2}]
+    judge = worker(methods={"peer": fails})
+    with pytest.raises(torch.AcceleratorError):
+        judge._measure([{"id": "a"}], [task], seen()[[0]], BLOBS[:1].bool(), answers)
+
+
 def test_of_several_targets_the_one_that_is_likeliest_in_the_reconstruction_is_measured(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     table = {"id": list("aabba"), "status": ["flipped", "flipped", "flipped", "failed", "unflipped"],

@@ -225,6 +225,41 @@ def test_seconds_of_a_stage_are_those_of_all_its_calls(tmp_path: Path, monkeypat
     assert done["seconds"] == logged.pop() == 40 and done["calls"] == 1
 
 
+def test_what_a_stage_has_made_survives_an_error_and_a_call_without_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line of text is no proof that the options were wrong: a bare call goes on as the first one asked."""
+    monkeypatch.setattr(tracking, "open_experiment", lambda *_: None)
+    monkeypatch.setattr(tracking, "tracked", lambda *_: nullcontext())
+    monkeypatch.setattr(tracking, "log_metrics", lambda *_: None)
+    run = Run(str(tmp_path))
+
+    def fails(*, after: tuple[str, ...]) -> Any:
+        def work() -> dict[str, Any]:
+            for name in after:
+                run.write(f"codes/{name}.parquet", b"")
+            raise ValueError("one line")
+
+        return lambda *_: work
+
+    asked = EmbedOptions(dataset="synthetic", run=str(tmp_path), seed=3)
+    with pytest.raises(ValueError, match="one line"):
+        runs.run_stage("embed", asked, fails(after=()), embed.OWN)
+    assert "seed" not in Run(str(tmp_path)).state["options"]  # what led to nothing is not the default now
+    with pytest.raises(ValueError, match="one line"):
+        runs.run_stage("embed", asked, fails(after=("0",)), embed.OWN)
+    bare = parse(EmbedOptions, ["--run", str(tmp_path)])
+    assert bare.seed == 3
+    runs.run_stage("embed", bare, lambda *_: lambda: {}, embed.OWN)
+    assert run.fs.exists(run.path("codes/0.parquet"))
+
+
+def test_no_stage_drops_what_another_has_made() -> None:
+    made = [(stage, f"{name}/") for stage, names in runs.WRITES.items() for name in names]
+    for stage, name in made:
+        assert not [other for other, theirs in made if other != stage and theirs.startswith(name)], name
+
+
 def test_half_a_file_that_a_kill_has_left_is_not_read_with_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

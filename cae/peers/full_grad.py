@@ -10,6 +10,7 @@ o_l what layer l gives and b_l its bias; a batch norm's is what it makes of 0, s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +33,8 @@ class FullGradients:
     logit: Tensor
     """(B,) f, the logit of the target; the sum of all terms below."""
     input: Tensor
-    """(B, 3, H, W) input * gradient, the input being what the network itself takes. A `BlackBox` first maps x to
-    (x - zero) / (2 std), so these are (x - zero) * df/dx: the term of the images and that of this map's bias."""
+    """(B, 3 or 1, H, W) input * gradient, the input being what the network itself takes: of a `BlackBox` the images as
+    it normalises them."""
     gradients: list[Tensor]
     """df/do_l, (B, C, h, w) or, of linear layers, (B, C), for each layer with a bias in the order of their calls."""
     biases: list[Tensor]
@@ -51,6 +52,10 @@ def full_gradients(classifier: nn.Module, images: Tensor, target: Tensor) -> Ful
     above, and no such terms.
     """
     calls: list[tuple[Tensor, Tensor]] = []
+    normalised: Callable[[Tensor], Tensor] = nn.Identity()
+    answer: Callable[[Tensor], Tensor] = classifier
+    if isinstance(classifier, BlackBox):
+        normalised, answer = classifier.normalised, classifier.answer
 
     def keep(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
         bias = _bias(layer)
@@ -63,8 +68,8 @@ def full_gradients(classifier: nn.Module, images: Tensor, target: Tensor) -> Ful
     hooks = [layer.register_forward_hook(keep) for layer in classifier.modules()]
     try:
         with torch.enable_grad():
-            x = images.detach().requires_grad_()
-            logit = classifier(x).gather(1, target[:, None])[:, 0]
+            x = normalised(images).detach().requires_grad_()
+            logit = answer(x).gather(1, target[:, None])[:, 0]
             # Zeros for a layer whose output is not used.
             gradient, *gradients = torch.autograd.grad(
                 logit.sum(), [x, *[output for output, _ in calls]], materialize_grads=True
@@ -72,10 +77,7 @@ def full_gradients(classifier: nn.Module, images: Tensor, target: Tensor) -> Ful
     finally:
         for hook in hooks:
             hook.remove()
-    zero: Tensor | float = 0.0  # the image that the network sees as 0
-    if isinstance(classifier, BlackBox):
-        zero = 2 * (classifier.mean.flip(0) if classifier.channels == "BGR" else classifier.mean) - 1
-    terms = FullGradients(logit.detach(), (images.detach() - zero) * gradient, gradients, [bias for _, bias in calls])
+    terms = FullGradients(logit.detach(), x.detach() * gradient, gradients, [bias for _, bias in calls])
     flat = [term.flatten(1) for term in (terms.input, *terms.bias_terms())]
     total = torch.stack([term.sum(1, dtype=torch.float64) for term in flat]).sum(0)
     sizes = torch.stack([term.abs().sum(1, dtype=torch.float64) for term in flat]).sum(0)

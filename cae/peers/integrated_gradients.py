@@ -28,6 +28,6 @@ def integrated_gradients(
     baselines = torch.as_tensor(baseline).to(images).expand_as(images)
     maps = []
     for x, start, label in zip(images.detach().split(batch), baselines.split(batch), target.split(batch), strict=True):
-        parts = method.attribute(x, start, label, n_steps=steps, internal_batch_size=max(batch, len(x)))
+        parts = method.attribute(x, start, label, n_steps=steps, internal_batch_size=batch)
         maps.append(parts.detach().sum(1))
     return torch.cat(maps).to(images.dtype)

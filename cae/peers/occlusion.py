@@ -41,7 +41,7 @@ def occlusion(
             strides=(x.shape[1], stride, stride),
             baselines=baseline,
             target=label,
-            perturbations_per_eval=max(1, batch // len(x)),
+            perturbations_per_eval=batch // len(x),
         )[:, 0]  # the window covers all channels, which therefore have the same map
         for x, label in zip(images.split(batch), target.split(batch), strict=True)
     ]

@@ -32,8 +32,9 @@ class Peer:
     """Whether it needs the classifier's gradient."""
 
 
-def peers(cae: CAE | None = None) -> dict[str, Peer]:
-    """Every peer by its name in tables; `latent shift` needs a decoder and is there only with a `cae`.
+def peers(cae: CAE | None = None, seed: int = 0) -> dict[str, Peer]:
+    """Every peer by its name in tables, those that draw at random by `seed`; `latent shift` needs a decoder and is
+    there only with a `cae`.
 
     Smooth FullGrad, LIME and RISE take 10, 500 and 1000 samples, fewer than their own defaults, so that a table of some
     hundred images takes minutes.
@@ -42,14 +43,14 @@ def peers(cae: CAE | None = None) -> dict[str, Peer]:
         "Grad-CAM": Peer(grad_cam),
         "FullGrad": Peer(full_grad),
         "Simple FullGrad": Peer(simple_full_grad),
-        "Smooth FullGrad": Peer(lambda b, x, y: smooth_full_grad(b, x, y, samples=10)),
+        "Smooth FullGrad": Peer(lambda b, x, y: smooth_full_grad(b, x, y, samples=10, seed=seed)),
         "integrated gradients": Peer(integrated_gradients),
         "integrated gradients, blur": Peer(
             lambda b, x, y: integrated_gradients(b, x, y, baseline=blur(x, FILL_BLUR)), told=("blur",)
         ),
         "occlusion": Peer(occlusion, gradient=False),
-        "LIME": Peer(lambda b, x, y: lime(b, x, y, samples=500), gradient=False),
-        "RISE": Peer(lambda b, x, y: rise(b, x, y, masks=1000), gradient=False),
+        "LIME": Peer(lambda b, x, y: lime(b, x, y, samples=500, seed=seed), gradient=False),
+        "RISE": Peer(lambda b, x, y: rise(b, x, y, masks=1000, seed=seed), gradient=False),
     }
     if cae is not None:
         found["latent shift"] = Peer(lambda b, x, y: latent_shift(b, x, y, cae=cae))
