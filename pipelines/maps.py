@@ -173,9 +173,10 @@ class ExplainWorker:
             "reconstruction_error": float(found.reconstruction_error[k]),
             "inversion_steps": int(found.inversion_steps[k]),
         }  # fmt: skip
-        if row["status"] == "failed":
-            return row | {"error": "the model or the classifier gave values that are not finite"}
-        row["map"] = found.map[k].flatten().half().cpu().numpy()
+        heat = found.map[k].flatten().half()
+        if row["status"] == "failed" or not heat.isfinite().all():  # by half precision's measure too
+            return row | {"status": "failed", "error": "the model or the classifier gave values that are not finite"}
+        row["map"] = heat.cpu().numpy()
         row["signed"] = found.signed[k].flatten().half().cpu().numpy()
         if self.frames:
             row["frames"] = [encode_png(frame) for frame in to_array(found.frames[k])]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +18,10 @@ from conftest import state
 
 import pipelines.ways
 from cae import classifiers, training
-from cae.explain import explain
+from cae.explain import Explanation, explain
 from cae.images import decode, to_tensor
 from cae.manifold import TrainingCodes
+from pipelines import maps
 from pipelines.bulk import matrix, read_table, read_unit, shard_units, write_table
 from pipelines.classify import PredictWorker
 from pipelines.command_line import parse
@@ -310,6 +313,22 @@ def test_a_broken_accelerator_is_no_fault_of_the_images(finished: Path) -> None:
     worker.cae.encode = broken  # type: ignore[method-assign]
     with pytest.raises(torch.AcceleratorError):
         worker.explain(["a", "b"], np.zeros((2, 32, 32, 3), np.uint8))
+
+
+def test_a_map_that_half_precision_cannot_hold_is_none(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, given = Run(str(finished)), options(finished, "--mode", "input")
+    worker = ExplainWorker(run, spec=str(finished / "classifier"), names=("plain", "spot"), cae=str(finished / "cae"),
+                           size=32, fit="crop", device="cpu", ways=read_ways(run, given), frames=False,
+                           how=path_options(given))  # fmt: skip
+
+    def large(*given: Any, **how: Any) -> Explanation:
+        found = explain(*given, **how)
+        return replace(found, map=torch.where(torch.arange(len(found.map))[:, None, None] == 0, 1e6, found.map))
+
+    monkeypatch.setattr(maps, "explain", large)
+    first, second = worker.explain(["a", "b"], np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))
+    assert first["status"] == "failed" and "not finite" in first["error"] and "map" not in first
+    assert second["status"] != "failed" and second["map"].shape == (32 * 32,)
 
 
 def sizes_seen(network: torch.nn.Module) -> set[int]:
