@@ -14,10 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 from methods import Method, alikeness, examples, methods, networks
-from record import append, here_and_now
+from record import append, here_and_now, program
 from torch import Tensor
 
 from cae.classifiers import BlackBox
@@ -122,4 +121,4 @@ def draw(rows: list[dict[str, object]]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

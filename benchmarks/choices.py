@@ -20,9 +20,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import tyro
 from methods import groups_of, networks, runner_up
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 from torch import Tensor
 
 from cae import metrics
@@ -100,6 +99,8 @@ def maps_by(run: Run, options: ExplainOptions, cae: CAE, blackbox: BlackBox, ids
 
 def main(options: Options) -> None:
     """Measure every choice and append to the table."""
+    if options.images < 2 or options.draws < 1 or not options.only:
+        sys.exit("error: give --images 2 or more, --draws 1 or more, and names after --only")
     run = Run(options.run)
     base = parse(ExplainOptions, ["--run", options.run])
     blackbox, cae = networks(run, base.precision == "bfloat16")
@@ -107,7 +108,7 @@ def main(options: Options) -> None:
     names = {*CHOICES, *others, *(name + SMOOTHED for name in others)}
     unknown = [name for name in (options.against, *options.only) if name not in names]
     if unknown:
-        sys.exit(f"error: there is no {unknown[0]!r} to measure: choose among {', '.join(sorted(names))}")
+        sys.exit(f"error: there is no {unknown[0]!r} to measure: choose among {'; '.join(sorted(names))}")
     table = read_table(run, "predictions", ["id", "split", "label", "predicted", "probabilities"]).to_pandas()
     right = table[(table.split == options.split) & (table.label == table.predicted)]
     chosen = right.sample(min(options.images, len(right)), random_state=options.seed)
@@ -152,4 +153,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 from here import as_workers_run, blackbox_of, data, training_of, warmed
 from methods import alikeness, maps_to
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 
 from cae import classifiers
 from cae.config import PRESETS, ClassHead
@@ -91,4 +90,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     as_workers_run()
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

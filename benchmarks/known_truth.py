@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from methods import methods, networks, runner_up
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 from torch import Tensor
 
 from cae import metrics
@@ -48,8 +47,8 @@ class Options:
     lesions: int = 400
     """Images with a lesion to draw."""
     only: tuple[str, ...] = ()
-    """Methods to measure beside the default, by their names in the table (`RISE` stands for the smoothed ones too);
-    without any, all of them."""
+    """Methods to measure beside the default, by their names in the table, with or without `, smoothed`: a peer is
+    measured as it is and smoothed. Without any, all of them."""
 
 
 def lesions(run: Run, blackbox: BlackBox, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +83,15 @@ def main(options: Options) -> None:
     base = parse(ExplainOptions, ["--run", options.run])
     blackbox, cae = networks(run, base.precision == "bfloat16")
     found = methods(run, cae)
-    unknown = [name for name in options.only if name not in found]
+    only = [name.removesuffix(SMOOTHED) for name in options.only]
+    unknown = [name for name in only if name not in found]
     if unknown:
-        sys.exit(f"error: there is no {unknown[0]!r} to measure: choose among {', '.join(found)}")
+        sys.exit(f"error: there is no {unknown[0]!r} to measure: choose among {'; '.join(found)}")
     x, masks, p = lesions(run, blackbox, base.model.image_size, options.lesions)
     source, target = p.argmax(1), runner_up(run, p)
     rows: list[dict[str, object]] = []
     default: dict[str, Tensor] = {}
-    for name in dict.fromkeys((DEFAULT, *(options.only or found))):
+    for name in dict.fromkeys((DEFAULT, *(only or found))):
         begun = time.process_time()
         chunks = torch.arange(len(x)).split(BATCH)
         plain = torch.cat([found[name](blackbox, x[i], source[i], target[i]) for i in chunks])
@@ -111,4 +111,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

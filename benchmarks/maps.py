@@ -17,9 +17,8 @@ from statistics import median
 
 import numpy as np
 import torch
-import tyro
 from methods import networks, read_counter_codes
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 from torch import Tensor
 
 from cae.classifiers import BlackBox
@@ -107,4 +106,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

@@ -28,10 +28,9 @@ from statistics import median
 
 import numpy as np
 import torch
-import tyro
 from here import blackbox_of
 from quantus import PixelFlipping
-from record import append, here_and_now
+from record import append, here_and_now, program
 from torch import Tensor, nn
 
 from cae import metrics
@@ -206,4 +205,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from here import as_workers_run, blackbox_of, data, training_of
 from matplotlib.figure import Figure
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 
 from cae import classifiers
 from cae.config import PRESETS, PresetConfig
@@ -137,4 +136,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     as_workers_run()
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

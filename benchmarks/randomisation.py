@@ -19,13 +19,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tyro
 from methods import alikeness, examples, methods, networks
 from PIL import Image
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 
 from cae.sanity import cascade
 from pipelines.bulk import read_images, read_table
@@ -104,4 +104,4 @@ def main(options: Options, rest: list[str]) -> None:
 if __name__ == "__main__":
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
-    main(tyro.cli(Options, description=__doc__, args=words[:cut]), words[cut + 1 :])
+    program(Options, partial(main, rest=words[cut + 1 :]), __doc__, words[:cut])

@@ -10,12 +10,28 @@ import datetime
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import tyro
+
+from pipelines.mistakes import user_error
 from pipelines.run import Run
 
+T = TypeVar("T")
 TABLE = Path(__file__).with_name("runs.csv")
+
+
+def program(options: type[T], main: Callable[[T], None], about: str | None, args: list[str] | None = None) -> None:
+    """The command line of a benchmark: parse, run, and show a user's mistake as one line."""
+    try:
+        main(tyro.cli(options, description=about, args=args))
+    except Exception as error:
+        reason = user_error(error)
+        if reason is None or os.environ.get("CAE_TRACEBACK"):
+            raise
+        sys.exit(f"error: {reason}")
 
 
 def machine() -> str:

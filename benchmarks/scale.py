@@ -26,9 +26,8 @@ from typing import Any
 
 import psutil
 import torch
-import tyro
 from matplotlib.figure import Figure
-from record import append, here_and_now
+from record import append, here_and_now, program
 
 from pipelines.bulk import shard_units
 from pipelines.explain import ExplainOptions, path_options
@@ -159,4 +158,4 @@ def draw(found: dict[tuple[str, int], dict[str, float]], sizes: tuple[int, ...])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

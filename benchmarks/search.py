@@ -21,8 +21,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import torch
-import tyro
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 
 from cae import classifiers, training
 from cae.blackboxes import resolve
@@ -125,4 +124,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

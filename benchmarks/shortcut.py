@@ -22,17 +22,17 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 from methods import methods, networks, read_counter_codes
 from PIL import Image
-from record import append, here_and_now
+from record import append, here_and_now, program
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -168,6 +168,8 @@ def main(options: Options, rest: list[str]) -> None:
     """Plant, run the pipeline, measure, append to the tables, draw."""
     if any(word.startswith("--image-size") for word in rest):  # images shown would be of another size than the run's
         sys.exit("error: --image-size after `--`: give the size as --size, before it")
+    if options.marked and options.dataset == "synthetic":
+        sys.exit(f"error: --marked {options.marked}: of `synthetic` it is the last class always, leave the option out")
     work = Path(options.work).absolute()
     where = ["--dataset", "synthetic", "--shortcut"]
     if options.dataset != "synthetic":
@@ -295,4 +297,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
-    main(tyro.cli(Options, description=__doc__, args=words[:cut]), words[cut + 1 :])
+    program(Options, partial(main, rest=words[cut + 1 :]), __doc__, words[:cut])

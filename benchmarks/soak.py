@@ -30,10 +30,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import psutil
-import tyro
 from PIL import Image
 from ray.cluster_utils import Cluster
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 
 from cae import synthetic
 from pipelines.run import Run
@@ -187,4 +186,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

@@ -26,9 +26,8 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-import tyro
 from here import as_workers_run
-from record import append, here_and_now, say
+from record import append, here_and_now, program, say
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -316,4 +315,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     as_workers_run()
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

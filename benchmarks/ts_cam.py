@@ -27,9 +27,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import tyro
 from methods import groups_of, networks
-from record import append, here_and_now
+from record import append, here_and_now, program
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
@@ -160,4 +159,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    program(Options, main, __doc__)

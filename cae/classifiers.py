@@ -257,7 +257,9 @@ def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBo
         raise ValueError(
             f"the classifier {spec} fails on two grey images of {x.shape[2]} x {x.shape[3]} pixels: "
             f"{reason.splitlines()[0]}"
-        ) from error
+            + ("" if blackbox.input_size else "; one that takes no other size than its own has it as `input_size` in a "
+               "JSON that names it")
+        ) from error  # fmt: skip
     blackbox.differentiable = logits.requires_grad
     blackbox.classes = card.classes or classes or tuple(str(i) for i in range(outputs))
     if outputs != len(blackbox.classes):

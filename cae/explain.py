@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -91,10 +91,12 @@ def along(corners: Tensor, t: Tensor) -> Tensor:
 def choose_mode(mode: Mode | Literal["auto"], differentiable: bool) -> Mode:
     """The mode that `auto` stands for, for a classifier with a gradient or without; any other as it is.
 
-    Raises ValueError for `integrated` and `evidence` without a gradient.
+    Raises ValueError for `integrated` and `evidence` without a gradient, and for one that there is not.
     """
     if mode == "auto":
         return "integrated" if differentiable else "patch"
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r}: choose one of {', '.join(get_args(Mode))}, auto")
     if mode in ("integrated", "evidence") and not differentiable:
         raise ValueError(
             f"--mode {mode} needs the classifier's gradient, and this one gives outputs only: choose patch"
@@ -144,6 +146,10 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         raise ValueError(f"window {window}: give a share of the image's side, above 0 and at most 1")
     if not 0 <= fade <= 1:
         raise ValueError(f"fade {fade}: give a share of the image's contrast, from 0 to 1")
+    if not (0 <= smooth <= 0.5 and 0 <= margin < 1):
+        raise ValueError(f"smooth {smooth}, margin {margin}: give shares from 0 to 0.5, and from 0 and below 1")
+    if inversion < 0 or (refine or 0) < 0:
+        raise ValueError(f"{inversion} steps of inversion, {refine} of refinement: give 0 for none")
     class_code, individual_code = cae.encode(x) if codes is None else codes
     corners = torch.cat([class_code[:, None], waypoints[:, None] if waypoints.ndim == 2 else waypoints], 1)
     needed = SEARCH if mode in PAPER_MODES or corners.shape[1] > 2 else SEARCH_STRAIGHT

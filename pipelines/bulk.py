@@ -14,6 +14,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
+from cae.data import first_line
 from cae.images import Fit, UnreadableImage, decode
 from pipelines.cluster import cores, gpus_of, pace, threads_for
 from pipelines.mistakes import UserError
@@ -180,8 +182,20 @@ def read_predicted(run: Run, *splits: str) -> np.ndarray:
 
 def read_part(run: Run, name: str, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file of the run."""
-    with run.fs.open(run.path(name)) as file:
-        return pq.ParquetFile(file).read(columns)
+    with _opened(run, name) as file:
+        return file.read(columns)
+
+
+@contextmanager
+def _opened(run: Run, name: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of the run. Raises UserError, with its name, for one that is damaged."""
+    path = run.path(name)
+    with run.fs.open(path) as file:
+        try:
+            yield pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}): bring back a copy, or do the stage that made it "
+                            "over (--again)") from error  # fmt: skip
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:
@@ -201,8 +215,8 @@ def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
     for split, part in list_shards(run):
         if splits is not None and split not in splits:
             continue
-        with run.fs.open(run.path("shards", part)) as file:
-            groups = pq.ParquetFile(file).metadata
+        with _opened(run, f"shards/{part}") as file:
+            groups = file.metadata
             units += [
                 {
                     "split": split,
@@ -218,8 +232,8 @@ def shard_units(run: Run, splits: tuple[str, ...] | None = None) -> list[Unit]:
 
 def read_unit(run: Run, unit: Unit, columns: list[str] | None = None) -> pa.Table:
     """The shard rows of a unit."""
-    with run.fs.open(run.path("shards", unit["shard"])) as file:
-        return pq.ParquetFile(file).read_row_group(unit["group"], columns)
+    with _opened(run, f"shards/{unit['shard']}") as file:
+        return file.read_row_group(unit["group"], columns)
 
 
 def decode_all(images: list[bytes], size: int, fit: Fit) -> tuple[np.ndarray, list[str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import cache
 from types import MethodType
@@ -61,6 +63,8 @@ def connect() -> None:
                 raise UserError("Ray did not start in half a minute: is this machine busy? Call again") from error
             raise
     ray.data.DataContext.get_current().enable_progress_bars = False
+    if threading.current_thread() is threading.main_thread():  # where alone it may be said
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own prints where it was, and aborts
 
 
 def _unless_set(variables: dict[str, str]) -> dict[str, str]:

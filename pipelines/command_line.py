@@ -107,6 +107,8 @@ def _refuse_values(table: dict[str, Any]) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {kernel}: choose an odd number below the image's size")
     if not all(0 <= beta < 1 for beta in table.get("betas", ())):
         raise UserError(f"--betas are {table['betas']}: choose two from 0 on, below 1")
+    if table.get("inversion") == 1:  # the classifier must see the class twice
+        raise UserError("--inversion is 1: give 0 for none, or 2 at least")
     if not 0 < table.get("window", 1) <= 1:
         raise UserError(f"--window is {table['window']}: give a share of the image's side, above 0 and at most 1")
 

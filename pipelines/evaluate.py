@@ -63,7 +63,7 @@ def prepare(run: Run, options: EvaluateOptions) -> Work:
     chosen = run.result("classify")
     names = tuple(chosen["classes"])
     options = replace(options, mode=choose_mode(options.mode, chosen.get("differentiable", True)))
-    oracle = open_oracle(options, names)
+    oracle = open_oracle(options, run.result("classify"))
     plan = make_plan(run, options)
     if not plan.units:
         why = "; ".join(f"{what}: {reason}" for what, reason in plan.skipped.items())

@@ -70,7 +70,7 @@ def _check(options: FullOptions, stages: list[str], before: dict[str, Any]) -> N
             if known:
                 explain.check(options, known)
         if {"tune", "train", "evaluate"} & to_do:
-            train.open_oracle(options, known["classes"] if known else ())
+            train.open_oracle(options, known or {})
     except ValueError as error:
         name = str(error).split()[0].removeprefix("--").replace("-", "_")  # which it begins with
         if name in before:

@@ -106,6 +106,8 @@ class Run:
             try:
                 with self.fs.open(file) as stream:
                     self.state |= json.load(stream)
+                if not all(isinstance(self.state[name], dict) for name in ("options", "stages")):
+                    raise ValueError("it is that of no run")
             except (ValueError, TypeError) as error:
                 raise UserError(
                     f"{file} is damaged ({error}): give another --run, or bring back a copy of it"
@@ -227,9 +229,10 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
                 {f"{name}/seconds": seconds} | {k: v for k, v in result.items() if isinstance(v, float)}
             )
     except Exception as error:
-        if isinstance(mistake(error), ValueError):
-            if not run.left(name):  # options that led to nothing must not become the defaults
-                run.state["options"] = options_before
+        found = mistake(error)
+        # With work left, one line of anybody's text is no proof that the options were wrong.
+        if isinstance(found, UserError) or (isinstance(found, ValueError) and not run.left(name)):
+            run.state["options"] = options_before  # what led here must not become the defaults
             run.state["stages"][name]["mistake"] = not work_before  # which nobody may drop for what went wrong now
             run.save()
         raise

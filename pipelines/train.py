@@ -6,7 +6,7 @@ import io
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from ray.train.torch import prepare_model
 from torch import Tensor
 
 from cae import classifiers, figures, training
-from cae.blackboxes import resolve
+from cae.blackboxes import FUNCTION, WEB, fingerprint, resolve
 from cae.checkpoint import read_weights
 from cae.classifiers import BlackBox
 from cae.config import PRESETS, LossWeights, ModelConfig, TrainConfig
@@ -103,25 +103,30 @@ def fit(run: Run, options: TrainOptions, name: str, planned: dict[str, Any], sav
     return fit_torch(run, options, name, _train_loop, how, options.train.batch, callbacks, retries)
 
 
-def open_oracle(options: TrainOptions, classes: Sequence[str]) -> str:
-    """The oracle as any process finds it, or "" for none.
+def open_oracle(options: TrainOptions, known: Mapping[str, Any]) -> str:
+    """The oracle as any process finds it, or "" for none; `known` is the result of stage classify, if it is done.
 
-    Raises UserError for one that does not answer, or does not know the same classes, if any are given.
+    Raises UserError for one that does not answer, does not know the same classes, or is the classifier itself.
     """
     if not options.oracle:
         return ""
     try:
         oracle = resolve(options.oracle, options.trust_pickle)
-        classifiers.load(oracle, tuple(classes))
+        classifiers.load(oracle, tuple(known.get("classes", ())))
+        # Of a bare URL or function there is no file to know it by.
+        named = oracle.startswith(WEB) or FUNCTION.fullmatch(oracle)
+        same = oracle == known.get("spec") if named else fingerprint(oracle) == known.get("fingerprint")
     except ValueError as error:
         raise UserError(f"--oracle {options.oracle}: {error}") from error
+    if same:
+        raise UserError(f"--oracle {options.oracle} is the classifier that is explained: give one of another training")
     return oracle
 
 
 def plan(run: Run, options: TrainOptions) -> dict[str, Any]:
     """What a training on the train split takes. Raises UserError where there can be none."""
     chosen = run.result("classify")
-    oracle = open_oracle(options, chosen["classes"])
+    oracle = open_oracle(options, chosen)
     class_head = choose_class_head(options.train.class_head, chosen.get("differentiable", True))
     table = read_table(run, "predictions", ["id", "split", "label", "predicted"]).to_pandas()
     table["y"] = table.predicted if options.labels == "predicted" else table.label

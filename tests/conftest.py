@@ -68,9 +68,11 @@ def command(script: str, *words: str, **env: str) -> subprocess.CompletedProcess
     return done
 
 
-def kill_when(happens: Callable[[], bool], log: Path, script: str, *words: str) -> None:
-    """Start a pipeline that writes to a log and kill -9 its driver as soon as something is seen, and what of it has not
-    seen to its own end a little later: none must write into what the next call does."""
+def kill_when(
+    happens: Callable[[], bool], log: Path, script: str, *words: str, by: signal.Signals = signal.SIGKILL
+) -> None:
+    """Start a pipeline that writes to a log and kill its driver, `by` a signal, as soon as something is seen, and what
+    of it has not seen to its own end a little later: none must write into what the next call does."""
     with log.open("w") as out:
         driver = subprocess.Popen(call(script, *words), stdout=out, stderr=out, cwd="/", env=environment())
         deadline = time.time() + 400
@@ -79,7 +81,7 @@ def kill_when(happens: Callable[[], bool], log: Path, script: str, *words: str) 
             assert time.time() < deadline, "nothing to kill happened"
             time.sleep(0.02)
         started = psutil.Process(driver.pid).children(recursive=True)
-        os.kill(driver.pid, signal.SIGKILL)
+        os.kill(driver.pid, by)
         driver.wait()
         _, left = psutil.wait_procs(started, 3)
         for process in left:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import corpus
@@ -134,7 +135,9 @@ def test_killed_it_goes_on_and_refuses_another_archive(finished: Path, tmp_path:
     path, out = tmp_path / "new.tar.gz", tmp_path / "out"
     path.write_bytes(corpus.tarred(images, "w:gz"))
     words = ["--run", str(finished), "--archive", str(path), "--out", str(out)]
-    kill_when(lambda: any(out.glob("explanations/*.parquet")), tmp_path / "log", "explain.py", *words)
+    wrote, log = lambda: any(out.glob("explanations/*.parquet")), tmp_path / "log"
+    kill_when(wrote, log, "explain.py", *words, by=signal.SIGTERM)  # as a cluster ends what takes too long
+    assert "stopped; the same command goes on from here" in log.read_text()
     assert "result" not in state(out)["stages"]["explain"]
     there = {part: part.stat().st_mtime_ns for part in out.glob("explanations/*.parquet")}
 

@@ -94,6 +94,7 @@ def test_options_that_cannot_work_are_refused_before_any_work(tmp_path: Path) ->
         ("--up-kernel", "4"): "--up-kernel is 4: choose an odd", ("--out-kernel", "65"): "--out-kernel is 65: choose",
         ("--seed", "-1"): "--seed is -1", ("--seed", "4294967296"): "--seed is 4294967296: it must be 4294967295 at",
         ("--lr", "nan"): "--lr is nan", ("--window", "nan"): "--window is nan", ("--betas", "0", "1"): "--betas are",
+        ("--inversion", "1"): "--inversion is 1: give 0 for none, or 2 at least",
         ("--lr", "inf"): "--lr is inf: it must be finite", ("--span", "inf"): "--span is inf",
         ("--splits",): "--splits names nothing: name one", ("--stages",): "--stages names nothing",
     }.items():  # fmt: skip
@@ -306,7 +307,7 @@ def test_the_preset_is_that_of_the_device(words: list[str], preset: str, monkeyp
 
 
 def test_a_damaged_run_folder_is_named(tmp_path: Path) -> None:
-    for text in ("", "[1]", "{"):
+    for text in ("", "[1]", "{", '{"options": [1]}'):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UserError, match=r"run\.json is damaged"):
             parse(RunOptions, ["--run", str(tmp_path)])

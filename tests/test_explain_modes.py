@@ -330,6 +330,15 @@ def test_patch_map_lies_within_a_window_of_the_blob_and_needs_no_gradient() -> N
     assert away.map.abs().max() < 1e-5 and away.status == ["unflipped"]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"smooth": -0.1}, {"smooth": 0.6}, {"smooth": math.nan}, {"margin": 1.0}, {"margin": math.nan},
+              {"refine": -1}, {"inversion": -1}, {"fade": 1.1}, {"steps": 0}, {"mode": "nonsense"}],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        run(image(-0.2), [0], [1], [[0.8, -0.5]], **wrong)
+
+
 def test_windows_that_are_no_share_of_the_side_are_refused() -> None:
     for window in (0.0, -0.1, 1.5):
         with pytest.raises(ValueError, match=f"window {window}"):

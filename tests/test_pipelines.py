@@ -213,6 +213,7 @@ def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -
         (explain, ExplainOptions, "--targets", "nobody"): "--targets nobody: choose",
         (explain, ExplainOptions, "--counter", "nobody"): "--counter nobody: choose",
         (evaluate, EvaluateOptions, "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",
+        (evaluate, EvaluateOptions, "--oracle", f"{finished}/classifier"): "is the classifier that is explained",
         (shard, shard.ShardOptions, "--dataset", "/gone"): "'/gone' is no path that exists",
         (train, train.TrainOptions, "--workers", "3"): "--batch 4 does not divide among 3 workers",
         (full, full.FullOptions, "--oracle", "/nothing"): "--oracle /nothing: no model in /nothing",

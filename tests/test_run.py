@@ -20,7 +20,7 @@ import pytest
 from cae.config import PRESETS
 from pipelines import embed, explain, tracking, train, tune
 from pipelines import run as runs
-from pipelines.bulk import shard_units, write_table
+from pipelines.bulk import read_part, shard_units, write_table
 from pipelines.cluster import _unless_set, pace
 from pipelines.command_line import parse
 from pipelines.embed import EmbedOptions
@@ -109,9 +109,9 @@ def test_half_a_stage_of_another_version_is_kept_and_neither_dropped_nor_gone_on
         runs.run_stage("explain", options, lambda *_: pytest.fail("begun"), explain.OWN)
     assert (tmp_path / "explanations/a.parquet").exists()
     assert parse(ExplainOptions, ["--run", run.folder, "--inversion", "8"]).inversion == 8
-    for option in ("--inversion", "--fade"):  # else evaluate would measure maps made without it
-        asked = parse(ExplainOptions, ["--run", run.folder, option, "1"])
-        with pytest.raises(UserError, match=rf"{option} 1.* contradicts the stage explain .* {option} 0"):
+    for option, value in (("--inversion", "2"), ("--fade", "1")):  # else evaluate would measure maps made without it
+        asked = parse(ExplainOptions, ["--run", run.folder, option, value])
+        with pytest.raises(UserError, match=rf"{option} {value}.* contradicts the stage explain .* {option} 0"):
             runs.refuse_contradictions(run, asked)
     assert parse(ExplainOptions, ["--dataset", "synthetic", "--run", f"{tmp_path}/new"]).inversion == 8
 
@@ -220,7 +220,7 @@ def test_seconds_of_a_stage_are_those_of_all_its_calls(tmp_path: Path, monkeypat
     done = call(40, ())
     assert done["seconds"] == logged.pop() == 5 + 40 and done["calls"] == 2
     for _ in range(2):  # a mistake: with other options it starts over
-        call(30, (5,), ValueError(), run=str(tmp_path / "other"))
+        call(30, (5,), UserError(), run=str(tmp_path / "other"))
     done = call(40, (), run=str(tmp_path / "other"), seed=1)
     assert done["seconds"] == logged.pop() == 40 and done["calls"] == 1
 
@@ -228,7 +228,8 @@ def test_seconds_of_a_stage_are_those_of_all_its_calls(tmp_path: Path, monkeypat
 def test_what_a_stage_has_made_survives_an_error_and_a_call_without_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line of text is no proof that the options were wrong: a bare call goes on as the first one asked."""
+    """One line of text is no proof that the options were wrong: a bare call goes on as the first one asked, and one
+    with others is refused."""
     monkeypatch.setattr(tracking, "open_experiment", lambda *_: None)
     monkeypatch.setattr(tracking, "tracked", lambda *_: nullcontext())
     monkeypatch.setattr(tracking, "log_metrics", lambda *_: None)
@@ -248,6 +249,8 @@ def test_what_a_stage_has_made_survives_an_error_and_a_call_without_options(
     assert "seed" not in Run(str(tmp_path)).state["options"]  # what led to nothing is not the default now
     with pytest.raises(ValueError, match="one line"):
         runs.run_stage("embed", asked, fails(after=("0",)), embed.OWN)
+    with pytest.raises(UserError, match="--seed 4 contradicts the stage embed"):
+        runs.run_stage("embed", replace(asked, seed=4), fails(after=()), embed.OWN)
     bare = parse(EmbedOptions, ["--run", str(tmp_path)])
     assert bare.seed == 3
     runs.run_stage("embed", bare, lambda *_: lambda: {}, embed.OWN)
@@ -269,6 +272,16 @@ def test_half_a_file_that_a_kill_has_left_is_not_read_with_its_folder(
     run.write("a/c.parquet", b"PAR1 and not much more")
     assert len(list((tmp_path / "a").iterdir())) == 2
     assert pq.read_table(tmp_path / "a")["id"].to_pylist() == ["x"]
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    for name, read in (("codes/a.parquet", lambda: read_part(run, "codes/a.parquet")),
+                       ("shards/split=val/a.parquet", lambda: shard_units(run))):  # fmt: skip
+        write_table(run, name, pa.table({"id": ["x"] * 100}))
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
+        with pytest.raises(UserError, match=rf"{name} is damaged \(.*\): bring back a copy, or do the stage"):
+            read()
 
 
 def test_no_splits_are_none_and_not_all(tmp_path: Path) -> None:
