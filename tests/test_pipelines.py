@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -93,6 +94,21 @@ def test_every_held_out_image_has_one_explanation_with_a_status(finished: Path) 
     assert len(overlays) == 3
     as_read = pd.read_parquet(finished / "explanations", partitioning=None)  # as README says
     assert sorted(as_read.id) == sorted(found.id)
+
+
+def test_the_readme_explains_in_a_notebook(finished: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = text.partition("In a notebook")[2].partition("```python\n")[2].partition("```")[0]
+    rows, told = shards(finished), parts(finished / "predictions").set_index("id")
+    for file, label in (("this.png", 1), ("other.png", 0)):
+        (row,) = rows[rows.id.map(told.predicted) == label].head(1).itertuples()
+        (tmp_path / file).write_bytes(row.image)
+        assert file in lines
+        lines = lines.replace(file, str(tmp_path / file))
+    held: dict[str, Any] = {}
+    exec(lines.replace("runs/mine", str(finished)), held)
+    assert held["label"].tolist() == [1, 0] and held["found"].map.shape == (1, 32, 32)
+    assert held["found"].status[0] in ("flipped", "unflipped", "reconstruction_flipped")
 
 
 def test_the_report_is_one_file_with_every_picture(finished: Path) -> None:
