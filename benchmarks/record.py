@@ -55,6 +55,8 @@ def say(row: dict[str, Any]) -> None:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file, which begins with their names."""
     new = not path.exists()
+    if not new and (header := path.open().readline().strip().split(",")) != list(rows[0]):
+        raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(rows[0])}: move it away")
     with path.open("a", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         if new:

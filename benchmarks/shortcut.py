@@ -30,7 +30,7 @@ import fsspec
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from methods import methods, networks, read_counter_codes
+from methods import methods, networks, read_counter_codes, runner_up
 from PIL import Image
 from record import append, here_and_now, program
 from scipy.stats import binomtest
@@ -166,7 +166,9 @@ def of_synthetic(options: Options, run: Run) -> list[Pair]:
 
 def main(options: Options, rest: list[str]) -> None:
     """Plant, run the pipeline, measure, append to the tables, draw."""
-    if any(word.startswith("--image-size") for word in rest):  # images shown would be of another size than the run's
+    if any(
+        word.replace("_", "-").startswith("--image-size") for word in rest
+    ):  # images shown would be of another size than the run's
         sys.exit("error: --image-size after `--`: give the size as --size, before it")
     if options.marked and options.dataset == "synthetic":
         sys.exit(f"error: --marked {options.marked}: of `synthetic` it is the last class always, leave the option out")
@@ -261,9 +263,9 @@ def strips(run: Run, blackbox: BlackBox, cae: CAE, plain: Tensor, marked: Tensor
     going = torch.cat([members.nonzero()[:2, 0] for members in groups.values()])
     coming = (label != shortcut).nonzero()[:3, 0]
     x = torch.cat([marked[going], plain[coming]])
-    order = blackbox.probabilities(x).argsort(dim=1, descending=True, stable=True)
-    source = order[:, 0]
-    target = torch.cat([order[: len(going), 1], torch.full((len(coming),), shortcut)])
+    p = blackbox.probabilities(x)
+    source = p.argmax(1)
+    target = torch.cat([runner_up(run, p[: len(going)]), torch.full((len(coming),), shortcut)])
     right = source != target  # a plain image that the classifier gives the marked class has no way to go
     x, source, target = x[right], source[right], target[right]
     counters = read_counter_codes(run)

@@ -250,7 +250,7 @@ def _open_foreign(spec: str, trusted: bool, classes: tuple[str, ...]) -> BlackBo
         _, outputs = logits.shape
         if not logits.isfinite().all():
             raise ValueError("its outputs are not finite")
-    except ConnectionError:  # no fault of what is asked
+    except (ConnectionError, TimeoutError):  # no fault of what is asked
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -146,8 +146,8 @@ def explain(cae: CAE, blackbox: BlackBox, x: Tensor, source: Tensor, target: Ten
         raise ValueError(f"window {window}: give a share of the image's side, above 0 and at most 1")
     if not 0 <= fade <= 1:
         raise ValueError(f"fade {fade}: give a share of the image's contrast, from 0 to 1")
-    if not (0 <= smooth <= 0.5 and 0 <= margin < 1):
-        raise ValueError(f"smooth {smooth}, margin {margin}: give shares from 0 to 0.5, and from 0 and below 1")
+    if not (0 <= smooth <= 0.5 and 0 <= margin <= 1):
+        raise ValueError(f"smooth {smooth}, margin {margin}: give shares from 0 to 0.5, and from 0 to 1")
     if inversion < 0 or (refine or 0) < 0:
         raise ValueError(f"{inversion} steps of inversion, {refine} of refinement: give 0 for none")
     class_code, individual_code = cae.encode(x) if codes is None else codes

@@ -129,7 +129,7 @@ class Foreign(nn.Module):
             padded = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
             try:
                 outputs.append(self.ask(padded)[: len(part)])
-            except (RuntimeError, ValueError, ConnectionError):
+            except (RuntimeError, ValueError, ConnectionError, TimeoutError):
                 raise
             except Exception as error:  # ONNX Runtime's own, and whatever a function raises
                 raise ValueError(f"the classifier failed: {reason(error)}") from error
@@ -206,13 +206,19 @@ def _refuse_pickles(spec: str, data: bytes) -> None:
     """Raise ValueError where opening an exported network would run a pickle, or code compiled for some machine."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for entry in archive.infolist():
-                name = entry.filename.split("/", 1)[-1]
-                if name.endswith(".pt"):  # inputs that the exporter kept as an example
-                    torch.load(io.BytesIO(archive.read(entry)), weights_only=True, map_location="cpu")
-                pickled = name.endswith("_config.json") and _pickled(json.loads(archive.read(entry)))
-                if pickled or name == "version" or re.match(r"data/(aotinductor|constants/(custom|opaque)_obj)", name):
-                    raise ValueError(name)
+            if any(name.split("/", 1)[-1] == "version" for name in archive.namelist()):  # of the older format
+                raise ValueError("version")
+        # By the reader that opens them: it finds names in any case, and may see other ones than zipfile does.
+        reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+        names = [name.lower() for name in reader.get_all_records()]
+        if len(set(names)) < len(names):
+            raise ValueError("a name that comes twice")
+        for name in names:
+            if name.endswith(".pt"):  # inputs that the exporter kept as an example
+                torch.load(io.BytesIO(reader.get_record(name)), weights_only=True, map_location="cpu")
+            pickled = name.endswith("_config.json") and _pickled(json.loads(reader.get_record(name)))
+            if pickled or re.match(r"data/(aotinductor|constants/(custom|opaque)_obj)", name):
+                raise ValueError(name)
     except Exception as error:
         raise ValueError(
             f"{spec} is no file of torch.export.save (2.8 or newer), or holds more than a network and tensors: export "

@@ -29,7 +29,7 @@ import torch
 from cae.data import first_line
 from cae.images import Fit, UnreadableImage, decode
 from pipelines.cluster import cores, gpus_of, pace, threads_for
-from pipelines.mistakes import UserError
+from pipelines.mistakes import Damaged, UserError
 from pipelines.run import Run, RunOptions
 
 Unit = dict[str, Any]
@@ -151,7 +151,7 @@ def write_table(run: Run, name: str, tables: pa.Table | Iterable[pa.Table]) -> N
     first, file = next(several, None), io.BytesIO()
     if first is None:
         raise ValueError(f"{name}: no table to write")
-    with pq.ParquetWriter(file, first.schema) as writer:
+    with pq.ParquetWriter(file, first.schema, write_page_checksum=True) as writer:
         for table in chain([first], several):
             writer.write_table(table, row_group_size=UNIT_ROWS)
     run.write(name, file.getvalue())
@@ -188,14 +188,16 @@ def read_part(run: Run, name: str, columns: list[str] | None = None) -> pa.Table
 
 @contextmanager
 def _opened(run: Run, name: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of the run. Raises UserError, with its name, for one that is damaged."""
+    """A Parquet file of the run. Raises Damaged, with its name, for one that is."""
     path = run.path(name)
     with run.fs.open(path) as file:
         try:
-            yield pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is damaged ({first_line(error)}): bring back a copy, or do the stage that made it "
-                            "over (--again)") from error  # fmt: skip
+            yield pq.ParquetFile(file, page_checksum_verification=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # Arrow's own have none
+                raise
+            raise Damaged(f"{path} is damaged ({first_line(error)}): bring back a copy, or do the stage that made it "
+                          "over (--again)") from error  # fmt: skip
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:

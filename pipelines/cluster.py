@@ -8,7 +8,8 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import Any, TypeVar
@@ -63,7 +64,7 @@ def connect() -> None:
                 raise UserError("Ray did not start in half a minute: is this machine busy? Call again") from error
             raise
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if threading.current_thread() is threading.main_thread():  # where alone it may be said
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own prints where it was, and aborts
 
 
@@ -200,7 +201,22 @@ def fit_torch(run: Run, options: Any, name: str, loop: Any, config: dict[str, An
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
         ),
     )
-    return trainer.fit().return_value  # type: ignore[attr-defined]
+    with _own_interrupts():
+        return trainer.fit().return_value  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Ray Train takes SIGINT, keeps it, and ends the process as if all were well: here it is KeyboardInterrupt, and
+    afterwards what it was before."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if threading.current_thread() is threading.main_thread():  # where alone it may be said
+            signal.signal(signal.SIGINT, before)
 
 
 def enter_loop(config: dict[str, Any]) -> tuple[int, int, torch.device]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,7 @@ def _tracking_uri(options: RunOptions, folder: str) -> str:
 
 def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> None:
     """The command line of a stage: parse, run, and show a user's mistake as one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = parse(options_class)
         if options.threads:

@@ -6,6 +6,7 @@ import errno
 
 from pipelines import tracking
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # full, or not ours to write on
 UNREACHABLE = (ConnectionError, TimeoutError)  # a server, of images or of a classifier
 
 
@@ -13,11 +14,17 @@ class UserError(ValueError):
     """A mistake that the user can mend; shown as one line without a traceback."""
 
 
+class Damaged(OSError):
+    """A file of the run folder that is damaged, by its name; no fault of the options."""
+
+
 def user_error(error: BaseException) -> str | None:
     """The one-line reason when an error, or what caused it in a worker, is the user's to mend; else None."""
     found = mistake(error)
     if _of_s3(found):
         return f"S3: {found}"
+    if isinstance(found, Damaged):
+        return str(found)
     if isinstance(found, UNREACHABLE):
         return f"no connection: {' '.join(str(found).split())}; the same command goes on from here"
     if isinstance(found, OSError):
@@ -32,7 +39,7 @@ def mistake(error: BaseException | None) -> BaseException | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if isinstance(error, Damaged) or (isinstance(error, OSError) and error.errno in DISK):
             return error
         if isinstance(error, UNREACHABLE) and not isinstance(error, BrokenPipeError):  # that is who reads our words
             return error

@@ -213,7 +213,7 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
     begun_before = run.state["stages"].get(name, {})
     if begun_before and begun_before["options"] != decisive:
         if run.left(name):
-            print(f"{name:9} starts over: it was begun with other options and failed by them", flush=True)
+            print(f"{name:9} starts over: it was begun with other options, and failed", flush=True)
         _drop(run, name)
         begun_before |= {"calls": 0, "seconds": 0.0}
     spent, begun = _spent(run, name, begun_before), time.time()
@@ -230,9 +230,11 @@ def run_stage(name: str, options: RunOptions, prepare: Callable[[Run, Any], Work
             )
     except Exception as error:
         found = mistake(error)
-        # With work left, one line of anybody's text is no proof that the options were wrong.
-        if isinstance(found, UserError) or (isinstance(found, ValueError) and not run.left(name)):
-            run.state["options"] = options_before  # what led here must not become the defaults
+        if isinstance(found, ValueError):
+            # What led here must not become the defaults. But with work left, one line of anybody's text is no proof of
+            # a mistake: a call without options goes on with it, and only one that gives others starts over.
+            if isinstance(found, UserError) or not run.left(name):
+                run.state["options"] = options_before
             run.state["stages"][name]["mistake"] = not work_before  # which nobody may drop for what went wrong now
             run.save()
         raise
@@ -249,9 +251,12 @@ def _spent(run: Run, name: str, state: dict[str, Any]) -> float:
     if "begun" not in state:  # no call, or one of an earlier version
         return 0.0
     last = state["begun"]
-    for path in (path for left in WRITES[name] for path in run.fs.find(run.path(left))):
-        with suppress(FileNotFoundError):  # what outlived the call may clear up
-            last = max(last, run.fs.modified(path).timestamp())
+    for left in WRITES[name]:
+        for path, info in run.fs.find(run.path(left), detail=True).items():
+            with suppress(FileNotFoundError):  # what outlived the call may clear up
+                # Local files and S3 tell it with the listing; asking for each takes hours of a large archive.
+                when = info.get("LastModified") or info.get("mtime") or run.fs.modified(path)
+                last = max(last, when if isinstance(when, float) else when.timestamp())
     return state["seconds"] + last - state["begun"]
 
 

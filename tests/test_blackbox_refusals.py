@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +50,21 @@ def test_pickles_run_only_where_they_are_trusted(tmp_path: Path) -> None:
         load(resolve(f"{tmp_path}/net.pth", trust_pickle=True))
 
 
+def two_listings(path: str) -> str:
+    """The file with a second listing of its names, in which an object is called a tensor: zipfile takes the one just
+    before the end, torch the one that the end points at."""
+    data = Path(path).read_bytes()
+    end = data.rfind(b"PK\5\6")
+    size, begin = struct.unpack("<LL", data[end + 12 : end + 20])
+    listing = data[begin : begin + size]
+    Path(path).write_bytes(data[:end] + listing.replace(b"opaque_obj_0", b"tensor_obj_0") + data[end:])
+    with zipfile.ZipFile(path) as archive:
+        assert not [name for name in archive.namelist() if "opaque" in name]
+    return path
+
+
 def test_an_exported_network_with_a_pickle_inside_is_refused(tmp_path: Path) -> None:
     """`torch.export.load` falls back to unpickling anything that lies where the example inputs do."""
-    import io
-    import zipfile
-
     trace = tmp_path / "trace"
     good = export(tmp_path / "good.pt2", network(), images())
     bomb = io.BytesIO()
@@ -84,10 +97,13 @@ def test_an_exported_network_with_a_pickle_inside_is_refused(tmp_path: Path) -> 
         "one.pt2": pickled(1, (" , ", " : ")),
         "constants.pt2": {f"{root}/data/constants/opaque_obj_0": b"."},
         "native.pt2": {f"{root}/data/aotinductor/model/x.so": b"\x7fELF"},
+        "case.pt2": {f"{root}/data/constants/OPAQUE_OBJ_0": b"."},  # torch finds it all the same
+        "twice.pt2": {config.upper(): entries[config]},
+        "listings.pt2": {f"{root}/data/constants/opaque_obj_0": b"."},
     }
     for name, changes in bad.items():
         with pytest.raises(ValueError, match=rf"{name} is no file of torch.export.save.*--trust-pickle"):
-            load(planted(name, changes))
+            load(two_listings(planted(name, changes)) if name == "listings.pt2" else planted(name, changes))
     assert not trace.exists()
     with pytest.raises(ValueError):
         load(resolve(f"{tmp_path}/inputs.pt2", trust_pickle=True))

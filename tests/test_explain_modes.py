@@ -331,7 +331,7 @@ def test_patch_map_lies_within_a_window_of_the_blob_and_needs_no_gradient() -> N
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"smooth": -0.1}, {"smooth": 0.6}, {"smooth": math.nan}, {"margin": 1.0}, {"margin": math.nan},
+    "wrong", [{"smooth": -0.1}, {"smooth": 0.6}, {"smooth": math.nan}, {"margin": 1.1}, {"margin": math.nan},
               {"refine": -1}, {"inversion": -1}, {"fade": 1.1}, {"steps": 0}, {"mode": "nonsense"}],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
