@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 # What pip is given for torch. Without an NVIDIA GPU: a release that package mirrors serve as a CPU build; where yours
 # does not, say   make setup TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
-TORCH  ?= $(if $(shell command -v nvidia-smi),torch>=2.9,torch==2.13.0)
+TORCH  ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.9,torch==2.13.0)
 BIN    := $(VENV)/bin
 # Sized for five minutes on two cores; eight where they have AVX2 only.
 DEMO   ?= --image-size 48 --resnet.epochs 4 --resnet.min-steps 0 --pairs 1600 --warm-up 200 --recon-warm-up 200 --lr 1e-3 --ema 0.98 --splits test --evaluated 40 --draws 2

@@ -11,9 +11,10 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -111,7 +112,7 @@ NOT_IMAGES = {"thumbs.db", "desktop.ini"} | {
 }
 NOT_IMAGE_ENDINGS = (".csv", ".json", ".md")
 MAX_PIXELS = 100_000_000  # of an image; larger ones are taken for decompression bombs
-GROUP_COLUMNS = ("patient", "group", "patient_id", "group_id")
+GROUP_COLUMNS = ("patient", "group", "patient_id", "group_id", "subject", "subject_id")
 MANIFEST = "manifest.csv"
 MIN_TRAIN = 3
 
@@ -303,9 +304,12 @@ def _npz_labels(archive: zipfile.ZipFile, path: str, key: str) -> np.ndarray:
 def _npz_images(archive: zipfile.ZipFile, path: str, key: str, labels: np.ndarray | None) -> Iterator[np.ndarray]:
     """The images under `key`, one by one, uint8 (H, W, 3); if there are labels, there must be as many."""
     with archive.open(f"{key}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(member)
+        try:
+            version, of = np.lib.format.read_magic(member), np.lib.format
+            read_header = of.read_array_header_1_0 if version == (1, 0) else of.read_array_header_2_0
+            shape, fortran, dtype = read_header(member)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key} is no array ({first_line(error)}); save the file again") from error
         if np.prod(shape[1:3], dtype=object) > MAX_PIXELS:
             raise ValueError(f"{path}: {key} has images of more than {MAX_PIXELS:,} pixels")
         if dtype != np.uint8 or fortran or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
@@ -356,6 +360,16 @@ def text(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def column_of(names: Iterable[str], wanted: Sequence[str]) -> str | None:
+    """The first of the wanted columns that there is, however it is written: patient_id is PatientID and Patient Id."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\s_-]", "", name).lower()
+
+    found = {plain(name): name for name in names}
+    return next((found[plain(name)] for name in wanted if plain(name) in found), None)
+
+
 def _groups(manifest: bytes, where: str, names: list[str]) -> dict[str, str]:
     """File name to group, from a manifest; empty when it has no group column."""
     try:
@@ -364,10 +378,12 @@ def _groups(manifest: bytes, where: str, names: list[str]) -> dict[str, str]:
         raise ValueError(f"{where} is no UTF-8 text; save it as CSV in UTF-8") from error
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        column = next((name for name in GROUP_COLUMNS if name in (rows.fieldnames or ())), None)
+        column, file = (column_of(rows.fieldnames or (), wanted) for wanted in (GROUP_COLUMNS, ("file",)))
         if column is None:
             return {}
-        groups = {row["file"].replace("\\", "/"): row[column] for row in rows if row.get("file") and row[column]}
+        groups = {
+            row[file].replace("\\", "/"): row[column] for row in rows if file is not None and row[file] and row[column]
+        }
     except csv.Error as error:
         raise ValueError(f"{where} is no CSV with a header ({error}); save it again") from error
     # A manifest that doesn't match would otherwise let patients straddle splits unnoticed.

@@ -48,8 +48,9 @@ def load_all(data: bytes) -> Iterator[tuple[str, Image.Image]]:
 def load(data: bytes) -> Image.Image:
     """The first frame of an encoded image as upright 8-bit RGB, transparency on black.
 
-    More than 8 bits a channel are windowed: DICOM as the file says, others from the image's least to its greatest
-    value, since they do not say how many of their bits carry signal. Raises UnreadableImage.
+    More than 8 bits of grey are windowed: DICOM as the file says, others from the image's least to its greatest value,
+    since they do not say how many of their bits carry signal. Of 16-bit colours Pillow keeps the upper 8 bits. Raises
+    UnreadableImage.
     """
     if dicom.is_dicom(data):
         return next(load_all(data))[1]

@@ -31,6 +31,7 @@ from cae.data import (
     SPLITS,
     Item,
     Layout,
+    column_of,
     filesystem,
     first_line,
     layout_of,
@@ -44,8 +45,8 @@ from cae.images import UnreadableImage, encode_png, load_all
 
 Piece = dict[str, Any]  # plain values and `Item`s: any process can be handed it
 STREAMED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # can only be read from the start
-# Columns of lists and tables, in any case; of several the first.
-PATHS = ("path", "url", "uri", "file", "filename", "file_name", "image")
+# Columns of lists and tables, however they are written (see `column_of`); of several the first.
+PATHS = ("path", "url", "uri", "file", "filename", "image")
 LABELS = ("class_name", "class", "label")
 IMAGES = ("image", "bytes", "image_bytes")
 PATIENCE = (1, 5)  # seconds before a download that broke off is tried again
@@ -277,17 +278,11 @@ def _numbered(item: Item, seen: Counter[str]) -> Item:
 # --- Lists and tables -------------------------------------------------------------------------------------------------
 
 
-def _column(names: Iterable[str], wanted: Sequence[str]) -> str | None:
-    """The first of the wanted columns that there is, in any case."""
-    found = {name.lower(): name for name in names}
-    return next((found[name] for name in wanted if name in found), None)
-
-
 def _describe(item: Item, row: Mapping[str, Any]) -> Item:
     """The item with the label, split and group that a row of a list or table gives it."""
 
     def told(wanted: Sequence[str]) -> str | None:
-        column = _column(row, wanted)
+        column = column_of(row, wanted)
         value = None if column is None else row[column]
         if value is None or value != value or value == "":  # not a number: what pandas makes of a gap
             return None
@@ -299,7 +294,7 @@ def _describe(item: Item, row: Mapping[str, Any]) -> Item:
 
 def _list_rows(source: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[Item]:
     """Items of a list of paths and URLs; a path may be relative to the list's folder."""
-    column = _column(columns, PATHS)
+    column = column_of(columns, PATHS)
     if column is None:
         raise ValueError(f"{source} has the columns {', '.join(columns)}: call the one with paths {', '.join(PATHS)}")
     items, seen, beside = [], Counter[str](), os.path.dirname(_unsigned(source)) or "."
@@ -358,7 +353,7 @@ def _survey_tables(paths: Mapping[str, str], rows: int) -> Survey:
                     raise ValueError(f"{path} has no column of encoded images, only {', '.join(columns)}")
                 items = _list_rows(path, table.read().to_pylist(), columns)
                 return _survey(items, _chunks(items, rows))
-            told = [column for wanted in (LABELS, ("split",)) if (column := _column(columns, wanted)) is not None]
+            told = [column for wanted in (LABELS, ("split",)) if (column := column_of(columns, wanted)) is not None]
             for group in range(table.num_row_groups):
                 count = table.metadata.row_group(group).num_rows
                 if not count:
@@ -384,8 +379,8 @@ def _read_table(piece: Piece) -> Iterator[tuple[Item, bytes, str]]:
         table = _open_table(piece["table"], file)
         columns = table.schema_arrow.names
         image = _image_column(table.schema_arrow)
-        path = _column([column for column in columns if column != image], PATHS)
-        about = (_column(columns, kind) for kind in (LABELS, ("split",), GROUP_COLUMNS))
+        path = column_of([column for column in columns if column != image], PATHS)
+        about = (column_of(columns, kind) for kind in (LABELS, ("split",), GROUP_COLUMNS))
         wanted = sorted({name for name in (image, path, *about) if name is not None})
         problem = "the table is shorter than it says"
         try:
@@ -425,4 +420,4 @@ def _image_column(schema: Any) -> str | None:
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
     names = [field.name for field in schema if holds_bytes(field.type)]
-    return _column(names, IMAGES) or next(iter(names), None)
+    return column_of(names, IMAGES) or next(iter(names), None)

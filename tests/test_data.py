@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_list_works_on_other_file_systems() -> None:
         assert file.read() == b"2"
 
 
-@pytest.mark.parametrize("column", ["patient", "group", "patient_id", "group_id"])
+@pytest.mark.parametrize("column", ["patient", "group", "patient_id", "GroupID", "Patient ID", "subject-id"])
 def test_manifest_gives_groups(tmp_path: Path, column: str) -> None:
     root = plant(tmp_path, "a/1.png", "a/2.png", "b/3.png")
     (tmp_path / "manifest.csv").write_text(f"\ufefffile,{column}\na/1.png,p1\na\\2.png,p1\nb/3.png,\n", "utf-8")
@@ -313,3 +314,8 @@ def test_npz_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is no whole") as error:
             list(read_npz(str(tmp_path / "bad.npz")))
         message(error)
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        archive.writestr("train_images.npy", b"no array at all")
+    with pytest.raises(ValueError, match=r"bad\.npz: train_images is no array") as error:
+        list(read_npz(str(tmp_path / "bad.npz")))
+    message(error)

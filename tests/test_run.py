@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sqlite3
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,11 +24,11 @@ from cae.config import PRESETS
 from pipelines import embed, explain, tracking, train, tune
 from pipelines import run as runs
 from pipelines.bulk import read_part, shard_units, write_table
-from pipelines.cluster import _unless_set, pace
+from pipelines.cluster import _own_interrupts, _unless_set, pace
 from pipelines.command_line import parse
 from pipelines.embed import EmbedOptions
 from pipelines.explain import ExplainOptions
-from pipelines.mistakes import Damaged, UserError
+from pipelines.mistakes import Damaged, UserError, user_error
 from pipelines.run import Run
 from pipelines.tune import TuneOptions
 
@@ -281,11 +284,39 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
             read()
 
 
+def test_a_part_with_a_damaged_body_is_named_and_no_mistake_in_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "open_experiment", lambda *_: None)
+    monkeypatch.setattr(tracking, "tracked", lambda *_: nullcontext())
+    run = Run(str(tmp_path))
+    write_table(run, "codes/a.parquet", pa.table({"id": [f"{i * i}" for i in range(1000)]}))
+    path = tmp_path / "codes/a.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000] + bytes(byte ^ 1 for byte in whole[1000:1001]) + whole[1001:])  # one bit of it
+    options = EmbedOptions(dataset="synthetic", run=str(tmp_path), seed=3)
+    with pytest.raises(Damaged, match=r"codes/a.parquet is damaged \(.*\): bring back a copy") as error:
+        runs.run_stage("embed", options, lambda run, _: lambda: read_part(run, "codes/a.parquet"), embed.OWN)
+    assert user_error(error.value) == str(error.value) and "\n" not in str(error.value)
+    assert Run(str(tmp_path)).state["options"]["seed"] == 3 and Run(str(tmp_path)).bound("embed")
+
+
 def test_no_splits_are_none_and_not_all(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     for split in ("val", "test"):
         write_table(run, f"shards/split={split}/000000-0000.parquet", pa.table({"id": [split]}))
     assert [len(shard_units(run, splits)) for splits in (None, (), ("val",), ("val", "test"))] == [2, 0, 1, 2]
+
+
+def test_an_interrupt_of_a_training_is_one_and_later_ones_are_ours_again() -> None:
+    """Ray Train takes the signal for itself, and makes of it the end of a process that is content."""
+    ours = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), _own_interrupts():
+            signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is ours
 
 
 def test_workers_are_told_what_nobody_has_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
