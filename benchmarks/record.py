@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from pipelines.mistakes import user_error
+from pipelines.mistakes import in_a_line
 from pipelines.run import Run
 
 T = TypeVar("T")
@@ -25,13 +25,8 @@ TABLE = Path(__file__).with_name("runs.csv")
 
 def program(options: type[T], main: Callable[[T], None], about: str | None, args: list[str] | None = None) -> None:
     """The command line of a benchmark: parse, run, and show a user's mistake as one line."""
-    try:
+    with in_a_line():
         main(tyro.cli(options, description=about, args=args))
-    except Exception as error:
-        reason = user_error(error)
-        if reason is None or os.environ.get("CAE_TRACEBACK"):
-            raise
-        sys.exit(f"error: {reason}")
 
 
 def machine() -> str:

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from cae.config import PRESETS, LossWeights, Preset, TrainConfig
-from pipelines.mistakes import UserError, user_error
+from pipelines.mistakes import UserError, in_a_line
 from pipelines.run import OLDER, PATHS, Run, RunOptions, absolute, flat
 
 # Of this call only, not to be the next one's defaults.
@@ -133,19 +133,13 @@ def command(options_class: type[OptionsT], main: Callable[[OptionsT], Any]) -> N
     """The command line of a stage: parse, run, and show a user's mistake as one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        options = parse(options_class)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        main(options)
+        with in_a_line():
+            options = parse(options_class)
+            if options.threads:
+                torch.set_num_threads(options.threads)
+            main(options)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    except Exception as error:
-        if os.environ.get("CAE_TRACEBACK"):
-            raise
-        reason = user_error(error)
-        if reason is None:
-            raise
-        sys.exit(f"error: {reason}")
 
 
 def read_best(path: str) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipelines import tracking
 
@@ -16,6 +20,18 @@ class UserError(ValueError):
 
 class Damaged(OSError):
     """A file of the run folder that is damaged, by its name; no fault of the options."""
+
+
+@contextmanager
+def in_a_line() -> Iterator[None]:
+    """A program within: a mistake of its user ends it with one line, with CAE_TRACEBACK set with the traceback."""
+    try:
+        yield
+    except Exception as error:
+        reason = user_error(error)
+        if reason is None or os.environ.get("CAE_TRACEBACK"):
+            raise
+        sys.exit(f"error: {reason}")
 
 
 def user_error(error: BaseException) -> str | None:
