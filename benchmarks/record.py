@@ -48,10 +48,10 @@ def say(row: dict[str, Any]) -> None:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, which begins with their names."""
+    """Append rows to a CSV file, which begins with their names; beside one of other columns, in a file of their own."""
+    while path.exists() and path.read_text().partition("\n")[0].strip() != ",".join(rows[0]):
+        path = path.with_stem(f"{path.stem}-new")
     new = not path.exists()
-    if not new and (header := path.open().readline().strip().split(",")) != list(rows[0]):
-        raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(rows[0])}: move it away")
     with path.open("a", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         if new:
