@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cae.config import PRESETS, LossWeights
-from cae.layers import AdaINBlock, LayerNorm, UpConv
+from cae.layers import AdaINBlock, InstanceNorm, LayerNorm, UpConv
 from cae.networks import CAE, Discriminator
 from cae.training import Trainer
 from pipelines.cluster import place
@@ -111,6 +111,8 @@ def plain(module: nn.Module) -> nn.Module:
         return PlainAdaIN(module)
     if isinstance(module, LayerNorm):
         return PlainLayerNorm(module)
+    if isinstance(module, InstanceNorm):
+        return nn.InstanceNorm2d(module.channels)
     if isinstance(module, nn.Conv2d) and module.padding != (0, 0):
         return PlainConv(module)
     for name, child in module.named_children():
@@ -146,15 +148,23 @@ class PlainTrainer:
         for i in range(n):
             self.step(x[i : i + 1], x[n + i : n + i + 1], y[i : i + 1], y[n + i : n + i + 1])
 
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`CAE.encode`, in the order of memory that x has."""
+        return self.cae.class_encoder(x), self.cae.individual_encoder(x)
+
+    def judge(self, x: Tensor) -> Tensor:
+        """The discriminator, likewise."""
+        return self.discriminator.head(self.discriminator.features(x).mean((2, 3)))
+
     def generator_loss(self, a: Tensor, b: Tensor, y_a: Tensor, y_b: Tensor) -> Tensor:
         """Eq. 7."""
-        encode, decode, w = self.cae.encode, self.cae.decode, self.weights
+        encode, decode, w = self.encode, self.cae.decode, self.weights
         (c_a, s_a), (c_b, s_b) = encode(a), encode(b)
         loss = w.recon_x * (F.l1_loss(decode(c_a, s_a), a) + F.l1_loss(decode(c_b, s_b), b))
         for x, c, s, c_other, y_other in ((a, c_a, s_a, c_b, y_b), (b, c_b, s_b, c_a, y_a)):
             swap = decode(c_other, s)
             c_swap, s_swap = encode(swap)
-            logits = self.discriminator(swap)
+            logits = self.judge(swap)
             loss = loss + w.recon_c * F.l1_loss(c_swap, c_other) + w.recon_s * F.l1_loss(s_swap, s)
             loss = loss + w.cyc_x * F.l1_loss(decode(c, s_swap), x)
             loss = loss + w.adv1 * F.cross_entropy(logits[:, :2], torch.ones_like(y_other))
@@ -163,10 +173,10 @@ class PlainTrainer:
 
     def discriminator_loss(self, a: Tensor, b: Tensor, y_a: Tensor, y_b: Tensor) -> Tensor:
         """Eq. 10."""
-        (c_a, s_a), (c_b, s_b) = self.cae.encode(a), self.cae.encode(b)
+        (c_a, s_a), (c_b, s_b) = self.encode(a), self.encode(b)
         loss = torch.zeros(())
         for x, y, c_other, s in ((a, y_a, c_b, s_a), (b, y_b, c_a, s_b)):
-            real, fake = self.discriminator(x), self.discriminator(self.cae.decode(c_other, s).detach())
+            real, fake = self.judge(x), self.judge(self.cae.decode(c_other, s).detach())
             loss = loss + self.weights.adv2 * F.cross_entropy(real[:, :2], torch.ones_like(y))
             loss = loss + self.weights.adv2 * F.cross_entropy(fake[:, :2], torch.zeros_like(y))
             loss = loss + self.weights.cla2 * F.cross_entropy(real[:, 2:], y)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+EPS = 1e-5  # of norms, the paper's
 TINY_STD = 1e-12  # below it a feature map is constant
 
 
@@ -31,45 +32,68 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> Conv:
 
 def reflect(x: Tensor, border: int) -> Tensor:
     """(B, C, H, W) with `border` reflected pixels on each side."""
-    if x.device.type == "cpu" and x.is_contiguous() and x.requires_grad:
-        return _Reflect.apply(x, border)
     return F.pad(x, (border,) * 4, mode="reflect")
 
 
-class _Reflect(torch.autograd.Function):
-    """Padding by reflection whose backward pass takes half as long as torch's, on CPUs in plain memory order."""
+class _Norm(torch.autograd.Function):
+    """(x - mean) / deviation * scale + shift, each channel of an image by itself or an image as a whole.
+
+    In as few passes over x as it takes, and so its gradient; in channels-last order, which convolutions are fastest in,
+    torch's own instance norm takes four times as long. x (B, C, H, W), scale and shift (B, C), (C,) or (1,). By
+    itself, deviation² = variance + 1e-5; as a whole, deviation = unbiased standard deviation + 1e-5.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, border: int) -> Tensor:
-        ctx.border = border
-        return F.pad(x, (border,) * 4, mode="reflect")
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, whole: bool) -> Tensor:
+        total, ctx.whole = torch.promote_types(x.dtype, torch.float32), whole
+        ctx.n = n = x[0].numel() if whole else x[0, 0].numel()
+        mean = _over(x.sum((2, 3), dtype=total), whole) / n
+        centred = x - _wide(mean, x)
+        square = _over((centred * centred).sum((2, 3), dtype=total), whole)
+        if whole:
+            std = (square / (n - 1)).clamp(min=torch.finfo(total).tiny).sqrt()
+            inverse = 1 / (std + EPS)
+            slope = inverse**2 / (std * (n - 1))
+            slope = torch.where(std > TINY_STD, slope, 0)  # no gradient through a deviation that is all rounding
+        else:
+            inverse = (square / n + EPS).rsqrt()
+            slope = inverse**3 / n
+        ctx.save_for_backward(centred, scale, inverse, slope)
+        gain = inverse * scale
+        return torch.addcmul(_wide(shift.expand_as(gain), x), centred, _wide(gain, x))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        for dim in (2, 3):  # fold what lies beyond each side back onto what it reflects
-            n, size = ctx.border, grad.shape[dim] - 2 * ctx.border
-            before, inner, after = grad.split((n, size, n), dim)
-            grad = inner.clone() if dim == 2 else inner  # not onto what autograd gave; the second fold is onto our own
-            grad.narrow(dim, 1, n).add_(before.flip(dim))
-            grad.narrow(dim, size - 1 - n, n).add_(after.flip(dim))
-        return grad.contiguous(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        centred, scale, inverse, slope = ctx.saved_tensors
+        sums = grad.sum((2, 3), dtype=inverse.dtype)
+        products = (grad * centred).sum((2, 3), dtype=inverse.dtype)
+        offset = -inverse / ctx.n * _over(sums * scale, ctx.whole)
+        slope = -slope * _over(products * scale, ctx.whole)
+        grad_x = torch.addcmul(_wide(offset, grad), centred, _wide(slope, grad))
+        grad_x.addcmul_(grad, _wide(inverse * scale, grad))
+        return grad_x, (products * inverse).sum_to_size(scale.shape), sums.sum_to_size(scale.shape), None
+
+
+def _over(sums: Tensor, whole: bool) -> Tensor:
+    """Sums of channels (B, C), or for images as a whole (B, 1)."""
+    return sums.sum(1, keepdim=True) if whole else sums
+
+
+def _wide(values: Tensor, x: Tensor) -> Tensor:
+    """A number per image and channel (B, C or 1), to go with x (B, C, H, W)."""
+    return values.to(x.dtype)[:, :, None, None]
 
 
 class InstanceNorm(nn.Module):
-    """Norm of every channel of every image by itself."""
+    """Norm of every channel of every image by itself, to mean 0 and variance 1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return instance_norm(x)
-
-
-def instance_norm(x: Tensor) -> Tensor:
-    """(B, C, H, W), each (H, W) with mean 0 and variance 1."""
-    # The same numbers by whichever kernel is the faster one for the memory order.
-    return F.group_norm(x, x.shape[1]) if x.is_contiguous() else F.instance_norm(x)
+        return _Norm.apply(x, x.new_ones(1), x.new_zeros(1), False)
 
 
 class ResidualBlock(nn.Module):
@@ -82,7 +106,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        return self.body(x).add_(x)
 
 
 class FrozenNorm(nn.BatchNorm2d):
@@ -136,12 +160,8 @@ class AdaINBlock(nn.Module):
 
     def forward(self, x: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
         """x (B, C, H, W); shifts and scales (K * B, 2, C), one row per convolution -> (K * B, C, H, W)."""
-        y = _adain(self.conv1(x), shifts[:, 0], scales[:, 0]).relu_()
-        return repeat(x, len(y)) + _adain(self.conv2(y), shifts[:, 1], scales[:, 1])
-
-
-def _adain(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift[:, :, None, None], repeat(instance_norm(x), len(shift)), scale[:, :, None, None])
+        y = _Norm.apply(repeat(self.conv1(x), len(shifts)), scales[:, 0], shifts[:, 0], False).relu_()
+        return _Norm.apply(self.conv2(y), scales[:, 1], shifts[:, 1], False).add_(repeat(x, len(y)))
 
 
 def repeat(x: Tensor, count: int) -> Tensor:
@@ -158,46 +178,7 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LayerNorm.apply(x, self.scale, self.shift)
-
-
-class _LayerNorm(torch.autograd.Function):
-    """y = (x - mean) / (std + 1e-5) * scale + shift, in as few passes over x as it takes, and so its gradient.
-
-    By autograd from elementary operations it takes three times as long. x (B, C, H, W), scale and shift (C,).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        n, total = x[0].numel(), torch.promote_types(x.dtype, torch.float32)
-        mean = x.mean((1, 2, 3), dtype=total)  # (B,)
-        # By the sum of squares; what cancels is far below float32 for features. In two stages, the first along what
-        # lies side by side: torch adds the numbers of a norm one by one, and a million of them lose digits.
-        inner = (2, 3) if x.is_contiguous() else 1
-        square = torch.linalg.vector_norm(x, dim=inner, dtype=total).square().flatten(1).sum(1)
-        std = ((square - n * mean * mean) / (n - 1)).clamp(min=torch.finfo(total).tiny).sqrt()
-        ctx.save_for_backward(x, scale, mean, std)
-        gain = scale / (std + 1e-5)[:, None]  # (B, C)
-        return torch.addcmul(_wide(shift - mean[:, None] * gain, x), x, _wide(gain, x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, scale, mean, std = ctx.saved_tensors
-        n, inverse = x[0].numel(), 1 / (std + 1e-5)
-        sums = grad.sum((2, 3), dtype=mean.dtype)  # (B, C)
-        products = (grad * x).sum((2, 3), dtype=mean.dtype) - sums * mean[:, None]  # with x - mean
-        by_std = inverse**2 / (std * (n - 1)) * (products * scale).sum(1)  # (B,)
-        by_std = torch.where(std > TINY_STD, by_std, 0)  # none through a deviation that is all rounding
-        offset = mean * by_std - inverse * (sums * scale).sum(1) / n
-        grad_x = torch.addcmul(_wide(offset[:, None], x), x, _wide(-by_std[:, None], x))
-        grad_x.addcmul_(grad, _wide(inverse[:, None] * scale, x))
-        return grad_x, (products * inverse[:, None]).sum(0), sums.sum(0)
-
-
-def _wide(values: Tensor, x: Tensor) -> Tensor:
-    """A number per image and channel (B, C or 1), to go with x (B, C, H, W)."""
-    return values.to(x.dtype)[:, :, None, None]
+        return _Norm.apply(x, self.scale, self.shift, True)
 
 
 class UpConv(Conv):
@@ -223,23 +204,49 @@ class UpConv(Conv):
             return super().forward(F.interpolate(x, scale_factor=2, mode=self.mode))
         phases = torch.einsum("ayu,bxv,oiuv->oabiyx", self.sums, self.sums, self.weight).flatten(0, 2)
         assert self.bias is not None
-        small = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), phases, self.bias.repeat_interleave(4))
+        padded, rows, cols = _Replicate.apply(x)
+        small = F.conv2d(padded, phases, self.bias.repeat_interleave(4))
         reflected, repeated = self._line(x.shape[3], "reflect", x.device), self._line(x.shape[2], "replicate", x.device)
-        rows = self._missing(x[..., reflected], self.weight)  # (B, c_out, 2, 2W)
-        cols = self._missing(x[:, :, repeated].mT, self.weight.mT).mT  # (B, c_out, 2H, 2)
+        rows = self._missing(rows[..., reflected], self.weight)  # (B, c_out, 2, 2W)
+        cols = self._missing(cols[:, :, repeated].mT, self.weight.mT).mT  # (B, c_out, 2H, 2)
         return _AddBorder.apply(F.pixel_shuffle(small, 2), rows, cols)
 
     @staticmethod
-    def _missing(x: Tensor, weight: Tensor) -> Tensor:
-        """What first and last row lack: x (B, c_in, H, 2W + 4), in order across -> (B, c_out, 2, 2W)."""
-        ends = ((x[:, :, [1]] - x[:, :, [0]], weight[:, :, :1]), (x[:, :, [-2]] - x[:, :, [-1]], weight[:, :, -1:]))
-        return torch.cat([F.conv2d(difference, tap) for difference, tap in ends], 2)
+    def _missing(ends: Tensor, weight: Tensor) -> Tensor:
+        """What first and last row lack, by their differences: (B, c_in, 2, 2W + 4) -> (B, c_out, 2, 2W)."""
+        return torch.cat([F.conv2d(ends[:, :, :1], weight[:, :, :1]), F.conv2d(ends[:, :, 1:], weight[:, :, -1:])], 2)
 
     @staticmethod
     def _line(size: int, border: str, device: torch.device) -> Tensor:
         """Which of a line's small pixels stands at each place after nearest upsampling, with two border pixels."""
         places = torch.arange(2 * size, dtype=torch.float32, device=device)[None]
         return F.pad(places, (2, 2), mode=border)[0].long() // 2
+
+
+class _Replicate(torch.autograd.Function):
+    """x (B, C, H, W) with its outermost pixels repeated once; and by how much the next ones differ from them.
+
+    The differences, of first and last row (B, C, 2, W) and column (B, C, H, 2), would cost autograd an image of zeros
+    for every slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        rows, cols = x[:, :, [1, -2]] - x[:, :, [0, -1]], x[..., [1, -2]] - x[..., [0, -1]]
+        return F.pad(x, (1, 1, 1, 1), mode="replicate"), rows, cols
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad = torch.ops.aten.replication_pad2d_backward(grad, x, (1, 1, 1, 1))
+        for i, outermost, following in ((0, 0, 1), (1, -1, -2)):
+            grad[:, :, outermost] -= rows[:, :, i]
+            grad[:, :, following] += rows[:, :, i]
+            grad[..., outermost] -= cols[..., i]
+            grad[..., following] += cols[..., i]
+        return grad
 
 
 class _AddBorder(torch.autograd.Function):

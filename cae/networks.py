@@ -26,8 +26,6 @@ from cae.layers import (
     repeat,
 )
 
-WIDE = 128  # channels of the individual code
-
 
 def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
     """(B, channels, H, W) -> (B, width, H/4, W/4), with `norm` after each convolution of the authors' stem."""
@@ -40,15 +38,10 @@ def stem(config: ModelConfig, norm: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def memory_format(config: ModelConfig, device: torch.device) -> torch.memory_format:
-    """The faster memory order of features: channels-last on GPUs; on CPUs for narrow networks only."""
-    return torch.contiguous_format if device.type == "cpu" and config.width >= WIDE else torch.channels_last
-
-
 def prepare(x: Tensor, config: ModelConfig) -> Tensor:
-    """Images (B, 3, H, W) as the networks take them: one channel, if they have one, is the mean."""
+    """Images (B, 3, H, W) as the networks take them: channels-last; one channel, if they have one, is the mean."""
     x = x if config.channels == x.shape[1] else x.mean(1, keepdim=True)
-    return x.contiguous(memory_format=memory_format(config, x.device))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class ClassEncoder(nn.Module):

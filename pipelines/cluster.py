@@ -22,8 +22,6 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import placement_group, remove_placement_group
 from torch import Tensor
 
-from cae.config import ModelConfig
-from cae.networks import memory_format
 from pipelines import tracking
 from pipelines.mistakes import UserError
 from pipelines.run import Run, RunOptions
@@ -137,14 +135,12 @@ def train_workers(options: RunOptions, batch: int) -> int:
 
 
 def place(module: ModuleT, device: torch.device | str, bf16: bool = False) -> ModuleT:
-    """The module on a device, its convolutions in the memory order that is the faster one there.
+    """The module on a device, its convolutions channels-last, which is the faster memory order.
 
     With `bf16` its parts answer in bfloat16 under autocast; what they take and give is float32. Where gradients are
     asked for they stay in float32: those to the pixels, which maps are made of, would be off by a seventh.
     """
-    config = getattr(module, "config", None)
-    order = memory_format(config, torch.device(device)) if isinstance(config, ModelConfig) else torch.channels_last
-    module.to(device).to(memory_format=order)  # type: ignore[call-overload]
+    module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for part in module.children() if bf16 else ():
         vars(part).setdefault("in_float32", part.forward)
         vars(part)["forward"] = MethodType(_in_bfloat16, part)  # a method: a copy of the module asks its own weights

@@ -15,12 +15,12 @@ from cae.layers import (
     AdaINBlock,
     Detail,
     FrozenNorm,
+    InstanceNorm,
     LayerNorm,
     OutConv,
     StridedBlock,
     UpConv,
     learned_statistics,
-    reflect,
 )
 from cae.metrics import grid_energy
 from cae.networks import CAE
@@ -126,20 +126,6 @@ def assert_same_gradients(fast: Tensor, slow: Tensor, into: list[Tensor], within
         torch.testing.assert_close(got, expected, rtol=within, atol=within)
 
 
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_reflected_borders_and_their_gradient_are_those_of_torch(order: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 5, 7, dtype=torch.double).contiguous(memory_format=order).requires_grad_()
-    for border in (1, 4):  # up to the size less one
-        fast, slow = reflect(x, border), F.pad(x, (border,) * 4, mode="reflect")
-        assert torch.equal(fast, slow)
-        assert (type(fast.grad_fn).__name__ == "_ReflectBackward") == (order == torch.contiguous_format)
-        assert_same_gradients(fast, slow, [x])
-        # A gradient that is one number, expanded, must not be written to.
-        sums = (reflect(x, border).sum(), F.pad(x, (border,) * 4, mode="reflect").sum())
-        torch.testing.assert_close(*(torch.autograd.grad(total, x) for total in sums))
-
-
 @pytest.mark.parametrize("detail", [False, True])
 def test_several_class_codes_may_meet_each_individual_code(detail: bool) -> None:
     cae = tiny(detail=detail)
@@ -175,6 +161,38 @@ def test_layer_norm_and_its_gradient_are_their_slow_definitions(order: torch.mem
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
     assert fast.is_contiguous(memory_format=order)
     assert_same_gradients(fast, slow, [x, *norm.parameters()])
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_and_its_gradient_are_their_slow_definitions(order: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = (3 + torch.randn(4, 5, 6, 7, dtype=torch.double)).contiguous(memory_format=order).requires_grad_()
+    fast, slow = InstanceNorm(5)(x), slow_instance_norm(x)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    assert fast.is_contiguous(memory_format=order)
+    assert_same_gradients(fast, slow, [x])
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_adain_block_and_its_gradient_are_their_slow_definitions(rounds: int) -> None:
+    torch.manual_seed(0)
+    block = AdaINBlock(5).double()
+    x = torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
+    shifts, scales = (torch.randn(2 * rounds, 2, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
+    slow = again = torch.cat([x] * rounds)
+    for i, conv in enumerate((block.conv1, block.conv2)):
+        slow = slow_instance_norm(slow_conv(conv, slow)) * scales[:, i, :, None, None] + shifts[:, i, :, None, None]
+        slow = slow if i else slow.clamp(min=0)
+    assert_same_gradients(block(x, shifts, scales), again + slow, [x, shifts, scales, *block.parameters()])
+    torch.testing.assert_close(block(x, shifts, scales), again + slow, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_of_what_varies_little_is_as_exact_as_float32(order: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = (10 + 0.01 * torch.randn(2, 64, 64, 64)).contiguous(memory_format=order)
+    exact = slow_instance_norm(x.double())
+    assert (InstanceNorm(64)(x).double() - exact).abs().max() < 1e-3  # rounding of 10 alone makes 5e-5
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
