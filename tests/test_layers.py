@@ -192,7 +192,7 @@ def test_instance_norm_of_what_varies_little_is_as_exact_as_float32(order: torch
     torch.manual_seed(0)
     x = (10 + 0.01 * torch.randn(2, 64, 64, 64)).contiguous(memory_format=order)
     exact = slow_instance_norm(x.double())
-    assert (InstanceNorm(64)(x).double() - exact).abs().max() < 1e-3  # rounding of 10 alone makes 5e-5
+    assert (InstanceNorm(64)(x).double() - exact).abs().max() < 5e-4  # torch.group_norm, channels-last: 10
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
