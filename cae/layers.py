@@ -181,46 +181,53 @@ class LayerNorm(nn.Module):
         return _Norm.apply(x, self.scale, self.shift, True)
 
 
+# How a kernel meets the small image after upsampling x2: (phase, row of a 3x3 kernel there, row of the kernel), phases
+# being even and odd rows of the result; and the part of its second pixel that the reflection has beyond the edge.
+PHASES = {
+    ("nearest", 5): ([[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
+                      [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]], 1.0),
+    ("bilinear", 3): ([[[0.75, 0.25, 0], [0.25, 0.75, 0.75], [0, 0, 0.25]],
+                       [[0.25, 0, 0], [0.75, 0.75, 0.25], [0, 0.25, 0.75]]], 0.25),
+}  # fmt: skip
+
+
 class UpConv(Conv):
     """Upsampling x2 and a convolution with reflected borders: (B, c_in, H, W) -> (B, c_out, 2H, 2W).
 
-    After nearest upsampling a 5x5 kernel meets only 3x3 different pixels, those of the small image. So each of the
-    four phases of the result (even or odd row and column) is a 3x3 convolution of the small image by sums of the
-    kernel's weights: the same numbers for 9/25 of the multiplications. Of the border, which for the phases repeats the
-    outermost pixels, only what the outermost taps see is not the reflection: the second pixel from the edge should
-    stand there. Their difference, times the kernel's outermost row or column, is added to the result's.
+    After nearest upsampling a 5x5 kernel meets only 3x3 different pixels, those of the small image, and so does a 3x3
+    kernel after bilinear upsampling. So each of the four phases of the result (even or odd row and column) is a 3x3
+    convolution of the small image by sums of the kernel's weights: the same numbers, for 9/25 of the multiplications
+    after nearest, and without the large image. Of the border, which for the phases repeats the outermost pixels, only
+    what the outermost taps see is not the reflection, which lies nearer to the second pixel from the edge. Their
+    difference, times the kernel's outermost row or column, is added to the result's.
     """
+
+    sums: Tensor
 
     def __init__(self, c_in: int, c_out: int, kernel: int, mode: str) -> None:
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         self.mode = mode
-        # (phase, row of the 3x3 kernel, row of the 5x5 kernel)
-        sums = torch.tensor([[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
-                             [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]])  # fmt: skip
-        self.register_buffer("sums", sums.float(), persistent=False)
+        sums, self.nearer = PHASES.get((mode, kernel), ([], 0.0))
+        self.register_buffer("sums", torch.tensor(sums, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode != "nearest" or self.kernel_size != (5, 5):
+        if not len(self.sums):
             return super().forward(F.interpolate(x, scale_factor=2, mode=self.mode))
         phases = torch.einsum("ayu,bxv,oiuv->oabiyx", self.sums, self.sums, self.weight).flatten(0, 2)
-        assert self.bias is not None
         padded, rows, cols = _Replicate.apply(x)
+        assert self.bias is not None
         small = F.conv2d(padded, phases, self.bias.repeat_interleave(4))
-        reflected, repeated = self._line(x.shape[3], "reflect", x.device), self._line(x.shape[2], "replicate", x.device)
-        rows = self._missing(rows[..., reflected], self.weight)  # (B, c_out, 2, 2W)
-        cols = self._missing(cols[:, :, repeated].mT, self.weight.mT).mT  # (B, c_out, 2H, 2)
+        rows = self._missing(rows, self.weight, "reflect")  # (B, c_out, 2, 2W)
+        cols = self._missing(cols.mT, self.weight.mT, "replicate").mT  # (B, c_out, 2H, 2)
         return _AddBorder.apply(F.pixel_shuffle(small, 2), rows, cols)
 
-    @staticmethod
-    def _missing(ends: Tensor, weight: Tensor) -> Tensor:
-        """What first and last row lack, by their differences: (B, c_in, 2, 2W + 4) -> (B, c_out, 2, 2W)."""
+    def _missing(self, ends: Tensor, weight: Tensor, border: str) -> Tensor:
+        """What first and last row lack, by their differences: (B, c_in, 2, W) -> (B, c_out, 2, 2W)."""
+        line = torch.eye(ends.shape[3], dtype=ends.dtype, device=ends.device)[None]
+        line = F.interpolate(line, scale_factor=2, mode=self.mode.removeprefix("bi"))
+        line = F.pad(line, (int(self.padding[0]),) * 2, mode=border)[0]  # (W, 2W and borders)
+        ends = ends @ (self.nearer * line)
         return torch.cat([F.conv2d(ends[:, :, :1], weight[:, :, :1]), F.conv2d(ends[:, :, 1:], weight[:, :, -1:])], 2)
-
-    @staticmethod
-    def _line(size: int, border: str, device: torch.device) -> Tensor:
-        """Which of a line's small pixels stands at each place after nearest upsampling, with two border pixels."""
-        places = torch.arange(2 * size, dtype=torch.float32, device=device)[None]
-        return F.pad(places, (2, 2), mode=border)[0].long() // 2
 
 
 class _Replicate(torch.autograd.Function):
@@ -309,4 +316,11 @@ class Detail(Conv):
         sums = weight.sum((2, 3)).unflatten(0, (-1, 16))  # (c_out, place, c_in)
         excess = (sums - sums.mean(1, keepdim=True)).flatten(0, 1)[:, :, None, None]
         y = F.pixel_shuffle(F.conv2d(reflect(x, 1), weight - excess * self.window), 4)
-        return F.avg_pool2d(F.avg_pool2d(reflect(y, 1), 2, 1), 2, 1) + self.level[:, None, None]
+        return _averaged(y.shape[2], y) @ y @ _averaged(y.shape[3], y).T + self.level[:, None, None]
+
+
+def _averaged(size: int, y: Tensor) -> Tensor:
+    """The matrix (size, size) that averages a line by 1 2 1, its ends reflected. Ten times as fast as pooling."""
+    line = torch.eye(size, dtype=y.dtype, device=y.device)
+    line = torch.cat([line[1:2], line, line[-2:-1]])
+    return (line[:-2] + 2 * line[1:-1] + line[2:]) / 4

@@ -38,8 +38,14 @@ def slow_layer_norm(norm: LayerNorm, x: Tensor) -> Tensor:
 
 
 def slow_up(layer: UpConv, x: Tensor) -> Tensor:
-    padded = F.pad(x.repeat_interleave(2, 2).repeat_interleave(2, 3), (layer.weight.shape[-1] // 2,) * 4, "reflect")
-    return F.conv2d(padded, layer.weight, layer.bias)
+    if layer.mode == "nearest":
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    else:
+        for dim in (2, 3):  # each pixel has a quarter of its neighbour on either side, that of the edge itself
+            before, after = (x.index_select(dim, torch.arange(x.shape[dim]).add(d).clamp(0, x.shape[dim] - 1))
+                             for d in (-1, 1))  # fmt: skip
+            x = torch.stack([(3 * x + before) / 4, (3 * x + after) / 4], dim + 1).flatten(dim, dim + 1)
+    return slow_conv(layer, x)
 
 
 def slow_decode(cae: CAE, class_code: Tensor, individual_code: Tensor) -> Tensor:
@@ -109,10 +115,11 @@ def test_decode_is_its_slow_definition(detail: bool) -> None:
     torch.testing.assert_close(cae.decode(c, s), slow_decode(cae, c, s), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("mode", "kernel"), [("nearest", 5), ("bilinear", 3), ("nearest", 3)])
 @pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 7), (8, 8)])
-def test_phases_are_the_upsampling_and_its_convolution(height: int, width: int) -> None:
+def test_phases_are_the_upsampling_and_its_convolution(height: int, width: int, mode: str, kernel: int) -> None:
     torch.manual_seed(0)
-    layer = UpConv(6, 4, 5, "nearest").double()
+    layer = UpConv(6, 4, kernel, mode).double()
     x = torch.randn(2, 6, height, width, dtype=torch.double, requires_grad=True)
     fast, slow = layer(x), slow_up(layer, x)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
