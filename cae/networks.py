@@ -87,7 +87,8 @@ class IndividualEncoder(nn.Module):
 class Decoder(nn.Module):
     """G: class codes (K * B, D), individual codes (B, width, H/4, W/4) -> images (K * B, channels, H, W) in [-1, 1].
 
-    The individual codes meet K rounds of class codes, each in their order; what they have in common is done once.
+    The individual codes meet K rounds of class codes, each in their order; the first convolution, which they have in
+    common, is done once.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -115,7 +115,7 @@ def test_decode_is_its_slow_definition(detail: bool) -> None:
     torch.testing.assert_close(cae.decode(c, s), slow_decode(cae, c, s), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mode", "kernel"), [("nearest", 5), ("bilinear", 3), ("nearest", 3)])
+@pytest.mark.parametrize(("mode", "kernel"), [("nearest", 5), ("bilinear", 3)])
 @pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 7), (8, 8)])
 def test_phases_are_the_upsampling_and_its_convolution(height: int, width: int, mode: str, kernel: int) -> None:
     torch.manual_seed(0)
@@ -170,14 +170,17 @@ def test_layer_norm_and_its_gradient_are_their_slow_definitions(order: torch.mem
     assert_same_gradients(fast, slow, [x, *norm.parameters()])
 
 
+@pytest.mark.parametrize("batch", [1, 4])  # of one, torch's own has a wrong gradient in channels-last order
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_instance_norm_and_its_gradient_are_their_slow_definitions(order: torch.memory_format) -> None:
+def test_instance_norm_and_its_gradient_are_their_slow_definitions(order: torch.memory_format, batch: int) -> None:
     torch.manual_seed(0)
-    x = (3 + torch.randn(4, 5, 6, 7, dtype=torch.double)).contiguous(memory_format=order).requires_grad_()
+    x = (3 + torch.randn(batch, 5, 6, 7, dtype=torch.double)).contiguous(memory_format=order).requires_grad_()
     fast, slow = InstanceNorm(5)(x), slow_instance_norm(x)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
     assert fast.is_contiguous(memory_format=order)
-    assert_same_gradients(fast, slow, [x])
+    weight = torch.randn_like(fast).contiguous(memory_format=order)
+    (got,), (expected,) = (torch.autograd.grad(y, x, weight) for y in (fast, slow))
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

@@ -340,10 +340,14 @@ def test_two_workers_end_with_the_parameters_of_one(
 # --- what GPUs do, as far as a CPU can show it
 
 
-@pytest.mark.parametrize("class_head", ["learned", "distilled", "blackbox", "both"])
-def test_bf16_takes_the_same_step_up_to_its_precision(class_head: ClassHead) -> None:
+@pytest.mark.parametrize(("class_head", "model"), [
+    ("learned", TINY), ("distilled", TINY), ("blackbox", TINY), ("both", TINY),
+    ("learned", replace(TINY, stem="conv", upsample="nearest", up_kernel=5, out_kernel=7)),  # as `paper`
+    ("both", replace(RESIDUAL, upsample="bilinear", detail=True)),  # as `quick`
+])  # fmt: skip
+def test_bf16_takes_the_same_step_up_to_its_precision(class_head: ClassHead, model: ModelConfig) -> None:
     config = replace(TRAIN, class_head=class_head)
-    full, half = make_trainer(config), make_trainer(config, bf16=True)
+    full, half = make_trainer(config, model=model), make_trainer(config, bf16=True, model=model)
     start = parameters(full)
     terms, rough = full.step(*toy_batch(0)), half.step(*toy_batch(0))
     seen = []
