@@ -6,8 +6,9 @@ The benchmark stops where the gradients of the two are not the same. Part of the
 weights once for all `--pairs` of its step, by Adam's fused form, the plain one after every pair, by the usual one; with
 `--pairs 1` both move them as often.
 
-Both steps run in turn, `--rounds` times; the table gives the median of each. Also the FLOPs of a pair (counted), the
-share that this is of what 3x3 convolutions reach on this machine, and the memory that a step keeps for its backward.
+Both steps run in turn, three times to warm up and then `--rounds` times, of which the table gives the median. Also the
+FLOPs of a pair (counted), the share that this is of what 3x3 convolutions reach on this machine, and the memory that a
+step keeps for its backward.
 
 python benchmarks/train_step.py --sizes 64 128 256
 """

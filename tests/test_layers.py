@@ -117,7 +117,7 @@ def test_decode_is_its_slow_definition(detail: bool) -> None:
 
 @pytest.mark.parametrize(("mode", "kernel"), [("nearest", 5), ("bilinear", 3)])
 @pytest.mark.parametrize(("height", "width"), [(2, 3), (5, 7), (8, 8)])
-def test_phases_are_the_upsampling_and_its_convolution(height: int, width: int, mode: str, kernel: int) -> None:
+def test_upsampling_convolution_is_its_slow_definition(height: int, width: int, mode: str, kernel: int) -> None:
     torch.manual_seed(0)
     layer = UpConv(6, 4, kernel, mode).double()
     x = torch.randn(2, 6, height, width, dtype=torch.double, requires_grad=True)
