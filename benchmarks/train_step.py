@@ -55,8 +55,6 @@ class Options:
     """Times that each step is measured, in turn."""
     threads: int = os.cpu_count() or 1
     """CPU threads."""
-    compile: bool = False
-    """Also our step with its networks under `torch.compile`."""
 
 
 # --- The plain step --------------------------------------------------------------------------------------------------
@@ -195,14 +193,10 @@ def networks(size: int) -> tuple[CAE, Discriminator]:
     return CAE(model), Discriminator(model, 2)
 
 
-def ours(size: int, compiled: bool = False) -> Trainer:
+def ours(size: int) -> Trainer:
     """Our trainer, placed as the pipeline places it."""
     cae, discriminator = (place(net, "cpu") for net in networks(size))
-    trainer = Trainer(cae, discriminator, replace(PRESETS["paper"].train, batch=1), LossWeights(), 10**6)
-    if compiled:
-        for part in (cae.class_encoder, cae.individual_encoder, cae.decoder, discriminator):
-            part.compile()
-    return trainer
+    return Trainer(cae, discriminator, replace(PRESETS["paper"].train, batch=1), LossWeights(), 10**6)
 
 
 def pairs_of(size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -297,12 +291,12 @@ def main(options: Options) -> None:
     print(f"the gradients of the two steps differ by {apart:.1e} at most", flush=True)
     for size in options.sizes:
         x, y = pairs_of(size, options.pairs)
-        baseline, n = PlainTrainer(*networks(size), LossWeights()), options.pairs
-        steps: dict[str, Callable[[], object]] = {"plain": partial(baseline.steps, x, y)}
-        for name, compiled in (("ours", False), ("ours, compiled", True))[: 1 + options.compile]:
-            trainer = ours(size, compiled)
-            steps[name] = partial(trainer.step, x, y)
-        count = {name: flops(steps[name]) / n for name in ("plain", "ours")}
+        baseline, trainer, n = PlainTrainer(*networks(size), LossWeights()), ours(size), options.pairs
+        steps: dict[str, Callable[[], object]] = {
+            "plain": partial(baseline.steps, x, y),
+            "ours": partial(trainer.step, x, y),
+        }
+        count = {name: flops(step) / n for name, step in steps.items()}
         memory = {"plain": kept(partial(baseline.steps, x[[0, n]], y[[0, n]])), "ours": kept(steps["ours"])}
         times: dict[str, list[float]] = {name: [] for name in steps}
         peaks = []
@@ -312,14 +306,14 @@ def main(options: Options) -> None:
                 times[name].append(seconds(step) / n)
         best = max(peaks[WARM_UP:])
         for name in steps:
-            took, work = median(times[name][WARM_UP:]), count[name.split(",")[0]]
+            took, work = median(times[name][WARM_UP:]), count[name]
             rows.append({
                 **here_and_now(), "threads": options.threads,
                 "size": size, "pairs": n, "step": name, "pairs_per_second": f"{1 / took:.3f}",
                 "ratio": f"{median(times['plain'][WARM_UP:]) / took:.2f}", "gflop_per_pair": f"{work / 1e9:.0f}",
                 "gflop_per_second": f"{work / took / 1e9:.1f}", "peak_gflop_per_second": f"{best / 1e9:.1f}",
                 "share_of_peak": f"{work / took / best:.2f}",
-                "memory_gb": f"{memory[name.split(',')[0]] / 1e9:.2f}",
+                "memory_gb": f"{memory[name] / 1e9:.2f}",
             })  # fmt: skip
             say(rows[-1])
     append(TABLE, rows)
