@@ -29,8 +29,9 @@ class ModelConfig:
     """`conv`: 7x7 and two strided 4x4 convolutions, as the authors; `unshuffle`: pixel-unshuffle x4 and one 3x3,
     without a norm, so that the individual code holds the exposure too and the class code need not."""
     class_encoder: Literal["plain", "residual"] = "plain"
-    """`plain`: strided convolutions without a norm, as the authors; `residual`: five residual blocks with a batch norm
-    that the warm-up sets. It agrees with the classifier on more images that it was not trained on."""
+    """`plain`: stem and strided convolutions without a norm, as the authors; `residual`: seven residual blocks from the
+    pixels on, with a batch norm that the warm-up sets. It agrees with the classifier on more images that it was not
+    trained on."""
     width: int = 256
     """Channels of the individual code, which is `image_size / 4` wide and high."""
     blocks: int = 6

@@ -54,17 +54,23 @@ class ClassEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
+        layers: list[nn.Module]
         if config.class_encoder == "plain":
-            layers = [conv(width, width, 4, 2), nn.ReLU(inplace=True), conv(width, width, 4, 2), nn.ReLU(inplace=True)]
+            layers = [
+                stem(config, nn.Identity),
+                conv(width, width, 4, 2), nn.ReLU(inplace=True), conv(width, width, 4, 2), nn.ReLU(inplace=True),
+            ]  # fmt: skip
         else:
             layers = [
+                StridedBlock(config.channels, width // 2, 2),
+                StridedBlock(width // 2, width, 2),
                 StridedBlock(width, width, 1),
                 StridedBlock(width, width, 1),
                 StridedBlock(width, 2 * width, 2),
                 StridedBlock(2 * width, 2 * width, 1),
                 StridedBlock(2 * width, 4 * width, 2),
             ]
-        self.features = nn.Sequential(stem(config, nn.Identity), *layers)
+        self.features = nn.Sequential(*layers)
         self.to_code = nn.Conv2d(width if config.class_encoder == "plain" else 4 * width, config.class_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
