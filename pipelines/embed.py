@@ -55,6 +55,7 @@ def prepare(run: Run, options: EmbedOptions) -> Work:
     if len(np.unique(predicted)) < 2:
         raise UserError(f"the classifier gives the {len(predicted)} training images fewer than two classes: paths lead "
                         "from one class to another")  # fmt: skip
+    training.load(run.path("cae"))  # fails here, in a line, where another version saved it
     connect()
     return partial(embed, run, options, where(options))
 

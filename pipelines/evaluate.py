@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cae import training
 from cae.blackboxes import fingerprint
 from cae.explain import PAPER_MODES, Mode, choose_mode
 from cae.manifold import smote_codes
@@ -68,6 +69,7 @@ def prepare(run: Run, options: EvaluateOptions) -> Work:
     if not plan.units:
         why = "; ".join(f"{what}: {reason}" for what, reason in plan.skipped.items())
         raise UserError(f"there is nothing to measure ({why})")
+    training.load(run.path("cae"))  # fails here, in a line, where another version saved it
     connect()
     common = {"spec": chosen["spec"], "names": names, "size": options.model.image_size, "fit": options.fit,
               "ways": read_ways(run, options), "modes": own_modes(options), **where(options)}  # fmt: skip

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from cae import classifiers, sources
+from cae import classifiers, sources, training
 from cae.explain import Mode, choose_mode
 from pipelines import run as runs
 from pipelines import tracking
@@ -219,6 +219,7 @@ def explainer(model: Run, options: ExplainOptions) -> dict[str, Any]:
     """What `ExplainWorker` takes to explain as the finished run `model` does."""
     chosen = model.result("classify")
     classifiers.load(chosen["spec"], tuple(chosen["classes"]))  # fails here, early, when it is not there any more
+    training.load(model.path("cae"))  # ... or where another version saved it
     return {
         "spec": chosen["spec"], "names": tuple(chosen["classes"]), "cae": model.path("cae"),
         "size": options.model.image_size, "fit": options.fit, **where(options),

@@ -20,7 +20,7 @@ from conftest import BAD, TINY, command, state
 from cae import classifiers, training
 from cae.images import decode, to_tensor
 from cae.networks import from_authors
-from pipelines import evaluate, explain, full, shard, train
+from pipelines import embed, evaluate, explain, full, shard, train
 from pipelines.bulk import listing, read_images
 from pipelines.command_line import parse
 from pipelines.evaluate import EvaluateOptions
@@ -219,6 +219,22 @@ def test_a_listing_tells_what_there_is_to_do_and_not_how_the_code_writes_it() ->
     newer[0]["items"] = [Newer("a", "b", "c")]
     others = [listing(older, "w"), listing(older[:1], "v"), listing(newer, "v")]
     assert len({listing(older, "v"), *others}) == 4
+
+
+def test_a_cae_that_another_version_saved(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    saved = folder / "cae/config.json"
+    about = json.loads(saved.read_text())
+    about["model"]["mlp_width"] += 1
+    saved.write_text(json.dumps(about))
+    held = sorted(path for path in folder.rglob("*") if path.is_file())
+    for stage, options in (
+        (embed, embed.EmbedOptions), (explain, ExplainOptions), (evaluate, EvaluateOptions)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="was saved by another version of this project: train it again"):
+            stage.main(parse(options, ["--run", str(folder), "--again"]))
+        assert sorted(path for path in folder.rglob("*") if path.is_file()) == held  # nothing is dropped
 
 
 def test_a_stage_done_again_with_other_options(finished: Path, tmp_path: Path) -> None:
