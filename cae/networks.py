@@ -48,8 +48,8 @@ class ClassEncoder(nn.Module):
     """E_c: image -> class code (B, D).
 
     `plain` has no norm, and that of `residual` is the same for all images, so that brightness and contrast of a feature
-    can be class features.
-    `residual` has no stem: of codes behind an unshuffle fewer agree with the classifier (benchmarks/README.md).
+    can be class features. `residual` has no stem: of codes behind an unshuffle fewer agree with the classifier
+    (benchmarks/README.md).
     """
 
     def __init__(self, config: ModelConfig) -> None:
